@@ -1,0 +1,43 @@
+# make demo    train a digit detector with the library's ops, and see what it finds
+# make test    the whole test suite
+# make check   what CI runs: tests, linters, types, the wheel, the demo's quick form
+#
+# VENV=        use the present environment, install nothing (no network needed)
+# TORCH=...    another torch, e.g. TORCH=torch==2.11.0
+# ARGS=...     further arguments to the demo or to pytest
+
+VENV ?= .venv
+TORCH ?= $(shell cat constraints.txt)
+PYTHON ?= python3
+RUN := PYTHONPATH=. $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+WORKERS ?= auto
+
+.PHONY: demo test lint types wheel check clean
+
+demo: $(if $(VENV),$(VENV)/demo.installed)
+	$(RUN) examples/digits_detector.py $(ARGS)
+
+test: $(if $(VENV),$(VENV)/test.installed)
+	$(RUN) -m pytest tests -q $(if $(WORKERS),-n $(WORKERS) --dist loadgroup) $(ARGS)
+
+lint: $(if $(VENV),$(VENV)/dev.installed)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: $(if $(VENV),$(VENV)/dev.installed)
+	$(RUN) -m mypy
+
+wheel: $(if $(VENV),$(VENV)/dev.installed)
+	$(RUN) tests/tools/check_wheel.py
+
+check: test lint types wheel
+	$(MAKE) demo ARGS="--quick --out runs/quick"
+
+$(VENV)/%.installed: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	echo "$(TORCH)" > $(VENV)/constraints.txt
+	$(VENV)/bin/python -m pip install --quiet -c $(VENV)/constraints.txt -e '.[$*,demo]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info

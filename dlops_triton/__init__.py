@@ -1,0 +1,10 @@
+"""Detection and recognition kernels in Triton, as drop-in torch functions."""
+
+from ._dispatch import implementation
+from .focal import sigmoid_focal_loss
+from .iou import box_iou
+from .nms import batched_nms, nms
+
+__version__ = "0.1.0"
+
+__all__ = ["batched_nms", "box_iou", "implementation", "nms", "sigmoid_focal_loss"]

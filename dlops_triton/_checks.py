@@ -1,0 +1,53 @@
+"""Checks of arguments: metadata only, before anything is launched. No data is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def dtype(name: str, value: Tensor, accepted: Sequence[torch.dtype] = FLOATS) -> None:
+    if value.dtype not in accepted:
+        names = ", ".join(str(d).removeprefix("torch.") for d in accepted)
+        raise TypeError(f"{name} must have one of the dtypes {names}, got {value.dtype}")
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name}, {other.device}, got {value.device}"
+        )
+
+
+def boxes(name: str, value: object, batched: bool = False) -> None:
+    """[N, 4] floats; with ``batched`` any leading dimensions."""
+    tensor(name, value)
+    assert isinstance(value, Tensor)
+    shape = "[..., N, 4]" if batched else "[N, 4]"
+    if value.dim() < 2 or (value.dim() > 2 and not batched) or value.shape[-1] != 4:
+        raise ValueError(f"{name} must have shape {shape} (xyxy), got {tuple(value.shape)}")
+    dtype(name, value)
+
+
+def choice(name: str, value: object, accepted: Sequence[object]) -> None:
+    if value not in accepted:
+        options = ", ".join(repr(a) for a in accepted)
+        raise ValueError(f"{name} must be one of {options}, got {value!r}")
+
+
+def number(name: str, value: object, low: float, high: float, accepted: str) -> None:
+    """A finite number in [low, high]; ``accepted`` says so in words."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number {accepted}, got {type(value).__name__} {value!r}")
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"{name} must be {accepted}, got {value!r}")

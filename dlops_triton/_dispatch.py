@@ -1,0 +1,107 @@
+"""The only file that knows devices, dispatch keys, the interpreter and streams.
+
+A public function checks its arguments and calls an op of the ``dlops`` namespace. CUDA and ROCm
+tensors reach the op's Triton launcher. CPU tensors reach the numpy reference, or, under
+``TRITON_INTERPRET=1``, the same launcher, whose kernels the interpreter then runs in numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+# "kernel" or "reference". Private: a test fixture turns it, so that both are covered in one run.
+cpu_implementation = "kernel" if INTERPRETED else "reference"
+
+_library = torch.library.Library("dlops", "DEF")
+
+
+def register(
+    schema: str,
+    launcher: Callable[..., Any],
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    tags: Sequence[torch.Tag] = (),
+) -> Callable[..., Any]:
+    """Define ``dlops::<schema>`` and return its overload.
+
+    ``launcher`` runs the kernels, ``reference`` takes and returns CPU tensors, ``fake`` gives the
+    metadata of the result. define/impl is the registration that costs least per call and the only
+    one that opcheck, fullgraph compilation and the interpreter all accept.
+    """
+    name = schema.split("(", 1)[0]
+
+    def on_cpu(*args: Any) -> Any:
+        return (launcher if cpu_implementation == "kernel" else reference)(*args)
+
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    _library.impl(name, launcher, "CUDA")
+    _library.impl(name, on_cpu, "CPU")
+    torch.library.register_fake(f"dlops::{name}", fake, lib=_library)
+    return getattr(torch.ops.dlops, name).default
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
+    """Launch ``kernel`` on its first argument's device and that device's current stream.
+
+    Every launch of the library passes here: the tests count launches, and the compile gate compiles
+    what the launchers really ask for, by replacing this function.
+    """
+    device = args[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **settings)
+    else:
+        kernel[grid](*args, **settings)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """The same for a kernel."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def to_numpy(t: Tensor) -> npt.NDArray[Any]:
+    """A CPU tensor's values; bfloat16, which numpy lacks, as float32."""
+    return (t.float() if t.dtype == torch.bfloat16 else t).detach().numpy()
+
+
+def from_numpy(a: npt.ArrayLike, dtype: torch.dtype) -> Tensor:
+    """A CPU tensor of ``dtype``, rounded once from ``a``, in memory of its own."""
+    return torch.tensor(np.asarray(a)).to(dtype)
+
+
+def implementation(device: torch.device | str | None = None) -> str:
+    """Say in words what runs the ops on ``device``.
+
+    Args:
+        device: a device or its name; by default the current CUDA device, or the CPU without one.
+
+    Returns:
+        For example ``"Triton 3.6.0 on NVIDIA H200"``, ``"Triton 3.9.0 interpreter on CPU"`` or
+        ``"numpy reference on CPU"``.
+
+    Raises:
+        ValueError: the library has no implementation for this kind of device.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        return f"Triton {triton.__version__} on {torch.cuda.get_device_name(device)}"
+    if device.type != "cpu":
+        raise ValueError(f"device must be a CUDA, ROCm or CPU device, got {str(device)!r}")
+    if cpu_implementation == "kernel":
+        return f"Triton {triton.__version__} interpreter on CPU"
+    return "numpy reference on CPU"
