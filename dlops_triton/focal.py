@@ -7,9 +7,8 @@ from typing import Any, Literal
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import _checks, _dispatch
+from . import _autograd, _checks, _dispatch
 from .kernels.focal import NONE, PER_ELEMENT, PER_ROW, focal_bwd_kernel, focal_fwd_kernel
 from .reference import focal as reference
 
@@ -157,7 +156,7 @@ class _SigmoidFocal(torch.autograd.Function):
         return _fwd(inputs, targets, weight, *ctx.options, reduce)
 
     @staticmethod
-    @once_differentiable
+    @_autograd.once_differentiable("sigmoid_focal_loss")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, targets, weight = ctx.saved_tensors
         dx = _bwd(grad, inputs, targets, weight, *ctx.options)

@@ -7,9 +7,8 @@ from typing import Any, Literal
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import _checks, _dispatch
+from . import _autograd, _checks, _dispatch
 from .kernels.iou import box_iou_bwd_kernel, box_iou_fwd_kernel
 from .reference import iou as reference
 
@@ -77,7 +76,7 @@ class _BoxIou(torch.autograd.Function):
         return _fwd(boxes1, boxes2, offset, iof)
 
     @staticmethod
-    @once_differentiable
+    @_autograd.once_differentiable("box_iou")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         boxes1, boxes2 = ctx.saved_tensors
         d1 = d2 = None

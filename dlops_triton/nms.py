@@ -16,7 +16,7 @@ BAND = 16384
 BLOCK = 512  # boxes that one program decides at a time; a divisor of BAND
 MASK = {"BLOCK": BLOCK, "ROWS": 8, "num_warps": 4}
 RESOLVE = {"BLOCK": BLOCK, "WORDS": 16, "num_warps": 8}
-SUPPRESS = {"BLOCK": BLOCK, "ROWS": 8, "WORDS": 64, "num_warps": 4}
+SUPPRESS = {"BLOCK": BLOCK, "ROWS": 4, "WORDS": 64, "num_warps": 4}
 
 
 def nms(

@@ -17,6 +17,7 @@ def _dense_targets(targets: Array, shape: tuple[int, ...]) -> tuple[Array, Array
     return (targets[..., None] == np.arange(shape[-1])).astype(np.float64), targets
 
 
+@np.errstate(all="ignore")  # log 0; and infinite logits give what they give
 def _terms(
     inputs: Array,
     targets: Array,
@@ -39,11 +40,11 @@ def _terms(
     if alpha is not None:
         factor *= np.where(t == 0, 1 - alpha, alpha * t + (1 - alpha) * (1 - t))
     log_p, log_q = -np.logaddexp(0, -x), -np.logaddexp(0, x)
-    with np.errstate(divide="ignore"):
-        log_u = np.logaddexp(log_p + np.log1p(-t), log_q + np.log(t))
+    log_u = np.logaddexp(log_p + np.log1p(-t), log_q + np.log(t))
     return log_p, log_q, log_u, t, -(t * log_p + (1 - t) * log_q), factor
 
 
+@np.errstate(all="ignore")
 def sigmoid_focal_loss(
     inputs: Array,
     targets: Array,
@@ -61,6 +62,7 @@ def sigmoid_focal_loss(
     return factor * np.exp(gamma * log_u) * bce
 
 
+@np.errstate(all="ignore")
 def sigmoid_focal_loss_grad(
     inputs: Array,
     targets: Array,
