@@ -49,5 +49,6 @@ def number(name: str, value: object, low: float, high: float, accepted: str) -> 
     """A finite number in [low, high]; ``accepted`` says so in words."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number {accepted}, got {type(value).__name__} {value!r}")
-    if not (math.isfinite(value) and low <= value <= high):
+    # Comparisons only: torch.compile with dynamic shapes cannot trace math.isfinite.
+    if not (low <= value <= high and -math.inf < value < math.inf):
         raise ValueError(f"{name} must be {accepted}, got {value!r}")

@@ -12,9 +12,15 @@ from . import _autograd, _checks, _dispatch
 from .kernels.iou import box_iou_bwd_kernel, box_iou_fwd_kernel
 from .reference import iou as reference
 
-# Predicted, not yet tuned on a GPU.
-FWD = {"BLOCK_N": 32, "BLOCK_M": 128, "num_warps": 4}
-BWD = {"BLOCK_N": 32, "BLOCK_M": 32, "num_warps": 4}
+# By dtype of the arithmetic; chosen for what stays in registers, not yet tuned on a GPU.
+FWD = {
+    torch.float32: {"BLOCK_N": 16, "BLOCK_M": 128, "num_warps": 4},
+    torch.float64: {"BLOCK_N": 8, "BLOCK_M": 128, "num_warps": 4},
+}
+BWD = {
+    torch.float32: {"BLOCK_N": 16, "BLOCK_M": 32, "num_warps": 4},
+    torch.float64: {"BLOCK_N": 8, "BLOCK_M": 32, "num_warps": 4},
+}
 BWD_PROGRAMS = 512  # the backward splits its sums until there are about so many programs
 
 
@@ -102,7 +108,8 @@ def _launch_fwd(boxes1: Tensor, boxes2: Tensor, offset: int, iof: bool) -> Tenso
     if iou.numel() == 0:
         return iou
     n, m = iou.shape[-2:]
-    tiles = triton.cdiv(n, FWD["BLOCK_N"]) * triton.cdiv(m, FWD["BLOCK_M"])
+    settings = FWD[_dispatch.compute_dtype(iou.dtype)]
+    tiles = triton.cdiv(n, settings["BLOCK_N"]) * triton.cdiv(m, settings["BLOCK_M"])
     _dispatch.launch(
         box_iou_fwd_kernel,
         (iou.numel() // (n * m) * tiles,),
@@ -114,7 +121,7 @@ def _launch_fwd(boxes1: Tensor, boxes2: Tensor, offset: int, iof: bool) -> Tenso
         OFFSET=offset,
         IOF=iof,
         enable_fp_fusion=False,
-        **FWD,
+        **settings,
     )
     return iou
 
@@ -125,12 +132,14 @@ def _launch_bwd(
     n, m = grad.shape[-2:]
     if grad.numel() == 0:
         return _alloc_grad(grad, own, other, offset, iof, own_is_first).zero_()
+    dtype = _dispatch.compute_dtype(own.dtype)
+    settings = BWD[dtype]
     grad = grad.reshape(-1, n, m)
-    programs = grad.shape[0] * triton.cdiv(n, BWD["BLOCK_N"])
-    blocks = triton.cdiv(m, BWD["BLOCK_M"])
+    programs = grad.shape[0] * triton.cdiv(n, settings["BLOCK_N"])
+    blocks = triton.cdiv(m, settings["BLOCK_M"])
     per_split = triton.cdiv(blocks, min(blocks, triton.cdiv(BWD_PROGRAMS, programs)))
     splits = triton.cdiv(blocks, per_split)
-    partial = own.new_empty((splits, *own.shape), dtype=_dispatch.compute_dtype(own.dtype))
+    partial = own.new_empty((splits, *own.shape), dtype=dtype)
     _dispatch.launch(
         box_iou_bwd_kernel,
         (programs, splits),
@@ -140,13 +149,13 @@ def _launch_bwd(
         partial,
         n,
         m,
-        per_split * BWD["BLOCK_M"],
+        per_split * settings["BLOCK_M"],
         *grad.stride(),
         OFFSET=offset,
         IOF=iof,
         OWN_IS_FIRST=own_is_first,
         enable_fp_fusion=True,
-        **BWD,
+        **settings,
     )
     return (partial[0] if splits == 1 else partial.sum(0)).to(own.dtype)
 

@@ -14,7 +14,7 @@ from .reference import nms as reference
 # Predicted, not yet tuned on a GPU. A band's bitmask takes BAND^2 / 8 bytes, here 32 MiB.
 BAND = 16384
 BLOCK = 512  # boxes that one program decides at a time; a divisor of BAND
-MASK = {"BLOCK": BLOCK, "ROWS": 8, "num_warps": 4}
+MASK = {"BLOCK": BLOCK, "ROWS": 4, "num_warps": 4}
 RESOLVE = {"BLOCK": BLOCK, "WORDS": 16, "num_warps": 8}
 SUPPRESS = {"BLOCK": BLOCK, "ROWS": 4, "WORDS": 64, "num_warps": 4}
 

@@ -21,7 +21,9 @@ def cases(op: str) -> list[Any]:
         if case["op"] == op:
             prefix = case["id"] + "."
             named: dict[str, npt.NDArray[Any]] = {
-                name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)
+                name.removeprefix(prefix): arrays[name]
+                for name in arrays
+                if name.startswith(prefix)
             }
             found.append(pytest.param(case, named, id=case["id"]))
     return found

@@ -248,9 +248,7 @@ def test_backward_twice_and_double_backward(device: torch.device, rng: np.random
         grad.sum().backward()
 
 
-def test_order_of_programs_does_not_matter(
-    kernel: torch.device, rng: np.random.Generator
-) -> None:
+def test_order_of_programs_does_not_matter(kernel: torch.device, rng: np.random.Generator) -> None:
     if kernel.type != "cpu":
         pytest.skip("program order can be chosen in the interpreter only")
     a, b = (boxes(rng, n).float().requires_grad_() for n in (70, 300))

@@ -1,0 +1,315 @@
+"""What holds for every op: registration, compilation, host cost, traffic, imports, the README."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dlops_triton
+from dlops_triton import _dispatch, batched_nms, box_iou, nms, sigmoid_focal_loss
+from tests.tools.host_cost import host_cost
+from tests.tools.traffic import traffic
+
+ROOT = Path(__file__).parents[1]
+OPS = torch.ops.dlops
+
+
+def boxes(n: int, device: torch.device | str = "cpu") -> Tensor:
+    torch.manual_seed(n)
+    corner = torch.rand(n, 2, device=device) * 50
+    return torch.cat([corner, corner + torch.rand(n, 2, device=device) * 30], 1)
+
+
+# ---- registration
+
+
+def test_opcheck(device: torch.device) -> None:
+    x = torch.randn(9, 5, device=device)
+    labels = torch.arange(9, device=device) % 6
+    weight = torch.rand(9, device=device)
+    a, b = boxes(7, device), boxes(6, device)
+    grad = torch.randn(7, 6, device=device)
+    scores, idxs = torch.rand(7, device=device), torch.arange(7, device=device) % 2
+    focal = (0.25, 2.0, -100, 0.0)
+    for op, arguments in (
+        (OPS.focal_fwd.default, (x, labels, None, *focal, False)),
+        (OPS.focal_fwd.default, (x.mT, x.mT.sigmoid(), None, None, *focal[1:], True)),
+        (OPS.focal_bwd.default, (torch.randn(9, 5, device=device), x, labels, weight, *focal)),
+        (OPS.focal_bwd.default, (torch.tensor(1.0, device=device), x, labels, None, *focal)),
+        (OPS.box_iou_fwd.default, (a, b, 0, False)),
+        (OPS.box_iou_fwd.default, (a.half().expand(3, 7, 4), b.half().expand(3, 6, 4), 1, True)),
+        (OPS.box_iou_bwd.default, (grad, a, b, 0, False, True)),
+        (OPS.box_iou_bwd.default, (grad.mT, b, a, 1, True, False)),
+        (OPS.nms.default, (a, scores, None, 0.5, 0, None, None)),
+        (OPS.nms.default, (a.mT.contiguous().mT, scores, idxs, 0.5, 1, 0.2, 3)),
+    ):
+        torch.library.opcheck(op, arguments)
+
+
+class Everything(nn.Module):
+    """A model's worth of calls."""
+
+    def forward(self, x: Tensor, labels: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        loss = sigmoid_focal_loss(x * 2, labels, gamma=1.5, reduction="mean", avg_factor=3.0)
+        each = sigmoid_focal_loss(x, x.detach().sigmoid())
+        iou = box_iou(a, b + 1)
+        kept = batched_nms(a, x[:, 0], labels, 0.5, score_threshold=-1.0)
+        return loss, each + 0, iou.max(1).values, kept, nms(a, x[:, 1], 0.3)
+
+
+def everything(device: torch.device, n: int) -> tuple[Tensor, ...]:
+    torch.manual_seed(n)
+    x = torch.randn(n, 5, device=device, requires_grad=True)
+    labels = torch.randint(0, 7, (n,), device=device)
+    return x, labels, boxes(n, device).requires_grad_(), boxes(n + 2, device).requires_grad_()
+
+
+def gradients(results: tuple[Tensor, ...], arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    loss, each, best, *_ = results
+    leaves = [t for t in arguments if t.requires_grad]
+    return torch.autograd.grad(loss + each.sum() + best.sum(), leaves)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("dynamic", [False, True])
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_torch_compile_takes_the_whole_graph(device: torch.device, dynamic: bool) -> None:
+    torch._dynamo.reset()
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    model = Everything()
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=backend)
+    for n in (20, 33):
+        arguments = everything(device, n)
+        want, got = model(*arguments), compiled(*arguments)
+        for x, y in zip(want, got, strict=True):
+            torch.testing.assert_close(x, y)
+        for x, y in zip(gradients(want, arguments), gradients(got, arguments), strict=True):
+            torch.testing.assert_close(x, y)
+
+
+@pytest.mark.filterwarnings("default")
+def test_torch_export(device: torch.device) -> None:
+    arguments = everything(device, 20)
+    rows = torch.export.Dim("rows", min=3, max=1000)
+    shapes = ({0: rows}, {0: rows}, {0: rows}, None)
+    program = torch.export.export(Everything(), arguments, dynamic_shapes=shapes, strict=False)
+    other = (*everything(device, 33)[:3], arguments[3])
+    for x, y in zip(program.module()(*other), Everything()(*other), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_fake_tensors_and_meta() -> None:
+    x = torch.zeros(4, 3, device="meta", dtype=torch.half)
+    labels = torch.zeros(4, device="meta", dtype=torch.long)
+    assert sigmoid_focal_loss(x, labels).dtype == torch.half
+    assert sigmoid_focal_loss(x, labels, reduction="sum").dtype == torch.float32
+    assert box_iou(
+        torch.zeros(2, 5, 4, device="meta"), torch.zeros(2, 6, 4, device="meta")
+    ).shape == (2, 5, 6)
+
+
+def test_autocast_changes_nothing(device: torch.device) -> None:
+    x, labels, a, b = (t.detach() for t in everything(device, 20))
+    want = Everything()(x, labels, a, b)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        got = Everything()(x, labels, a, b)
+    for p, q in zip(want, got, strict=True):
+        assert torch.equal(p, q)
+
+
+# ---- host cost
+
+CALLS: dict[str, tuple[Callable[..., Any], int, int, int]] = {
+    # call, launches forward, launches backward, synchronisations
+    "focal none": (lambda x, t, a, b: sigmoid_focal_loss(x, t).sum(), 1, 1, 0),
+    "focal sum": (lambda x, t, a, b: sigmoid_focal_loss(x, t, reduction="sum"), 1, 1, 0),
+    "focal mean over a tensor": (
+        lambda x, t, a, b: sigmoid_focal_loss(
+            x, t, reduction="mean", avg_factor=(t < 5).sum().clamp(min=1)
+        ),
+        1, 1, 0,
+    ),
+    "box_iou": (lambda x, t, a, b: box_iou(a, b).sum(), 1, 2, 0),
+    "nms": (lambda x, t, a, b: nms(a, x[:, 0], 0.5), 2, 0, 1),
+    "batched_nms": (
+        lambda x, t, a, b: batched_nms(a, x[:, 0], t, 0.5, score_threshold=0.1, max_output=9),
+        2, 0, 1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_launches_and_synchronisations(name: str, kernel: torch.device) -> None:
+    call, forward, backward, synchronisations = CALLS[name]
+    arguments = everything(kernel, 20)
+    with host_cost() as cost:
+        result = call(*arguments)
+    assert len(cost.launches) == forward
+    assert len(cost.synchronisations) == synchronisations, cost.synchronisations
+    if result.requires_grad:
+        with host_cost() as cost:
+            result.backward()
+        assert len(cost.launches) == backward
+        assert cost.synchronisations == []
+
+
+# ---- traffic
+
+
+def metered(kernel: torch.device, call: Callable[[], Any]) -> Any:
+    if kernel.type != "cpu":
+        pytest.skip("traffic is counted in the interpreter")
+    with traffic() as meter:
+        call()
+    return meter
+
+
+def test_traffic_of_the_focal_loss(kernel: torch.device) -> None:
+    n, c = 200, 80
+    x = torch.zeros(n, c, dtype=torch.bfloat16, requires_grad=True)
+    t = torch.zeros(n, c, dtype=torch.bool)
+    labels = torch.zeros(n, dtype=torch.long)
+    partial = 4 * -(-n * c // 1024)
+    dense = metered(kernel, lambda: sigmoid_focal_loss(x, t, reduction="sum"))
+    assert dense.loaded == n * c * (2 + 1)
+    assert dense.stored == partial
+    # Elements of a row share a label: requested by each, moved once.
+    sparse = metered(kernel, lambda: sigmoid_focal_loss(x, labels, reduction="sum"))
+    compulsory = n * c * 2 + n * 8
+    assert sparse.loaded_sectors * 32 <= 1.03 * compulsory
+    loss = sigmoid_focal_loss(x, labels, reduction="sum")
+    back = metered(kernel, loss.backward)
+    assert back.stored == n * c * 2
+    assert back.dram <= 1.03 * (compulsory + n * c * 2)
+
+
+def test_traffic_of_box_iou(kernel: torch.device) -> None:
+    n, m = 160, 256
+    a, b = boxes(n).requires_grad_(), boxes(m)
+    got = metered(kernel, lambda: box_iou(a, b))
+    assert got.stored == n * m * 4
+    # Tiles of 16 x 128 read their boxes again: 16 bytes for every 128 and every 16 pairs.
+    assert got.loaded == n * m * 16 // 128 + n * m * 16 // 16
+    iou = box_iou(a, b)
+    back = metered(kernel, lambda: iou.sum().backward())
+    assert back.launches == 1
+    assert back.loaded_sectors * 32 <= 1.1 * (16 * (n + m) + 32)  # an expanded gradient: one value
+
+
+def test_traffic_of_nms(kernel: torch.device) -> None:
+    n = 256
+    a, scores = boxes(n), torch.rand(n)
+    got = metered(kernel, lambda: nms(a, scores, 0.5))
+    assert got.kernels == ["nms_mask_kernel", "nms_resolve_kernel"]
+    words = n // 32
+    # The bitmask once each way, in rows padded to a block; boxes, flags and packed words.
+    assert got.stored == words * 512 * 4 + n + words * 4
+    assert got.stored_sectors * 32 <= words * 512 * 4 + n + words * 4 + 64
+
+
+# ---- the house
+
+
+def test_imports_only_point_down() -> None:
+    allowed = {
+        "kernels": {"triton"},
+        "reference": {"numpy", "typing", "__future__"},
+    }
+    for folder, names in allowed.items():
+        for file in sorted((ROOT / folder).glob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Import):
+                    found = {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    found = {"._math" if node.level else str(node.module).split(".")[0]}
+                    assert not node.level or (folder, node.module) == ("kernels", "_math"), file
+                    found -= {"._math"}
+                else:
+                    continue
+                assert found <= names, f"{file.name} imports {found - names}"
+
+
+def test_one_name_for_every_module() -> None:
+    """`import kernels` from the repository's root would load a second copy of everything."""
+    pattern = re.compile(r"^\s*(?:from|import)\s+(?:kernels|reference|perf)\b", re.M)
+    for file in ROOT.glob("*/**/*.py"):
+        if ".venv" not in file.parts and "build" not in file.parts:
+            assert not pattern.search(file.read_text()), file
+
+
+def test_families_have_a_file_in_every_room() -> None:
+    stems = {f.stem for f in (ROOT / "kernels").glob("[a-z]*.py")}
+    for room, name in (
+        ("reference", "{}.py"),
+        ("dlops_triton", "{}.py"),
+        ("perf", "{}.py"),
+        ("tests", "test_{}.py"),
+    ):
+        missing = [s for s in stems if not (ROOT / room / name.format(s)).exists()]
+        assert not missing, f"{room} lacks {missing}"
+
+
+def test_kernels_and_files_stay_small() -> None:
+    for file in (ROOT / "kernels").glob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno <= 75, f"{file.name}: {node.name}"
+                assert len(node.args.args) <= 15, f"{file.name}: {node.name}"
+    for file in ROOT.glob("*/**/*.py"):
+        if ".venv" not in file.parts and "build" not in file.parts:
+            assert len(file.read_text().splitlines()) <= 450, file
+
+
+def test_every_public_name_is_documented() -> None:
+    for name in dlops_triton.__all__:
+        doc = getattr(dlops_triton, name).__doc__
+        assert doc
+        assert "Args:" in doc
+        assert "Returns:" in doc
+
+
+def test_implementation_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "cpu_implementation", "reference")
+    assert dlops_triton.implementation("cpu") == "numpy reference on CPU"
+    monkeypatch.setattr(_dispatch, "cpu_implementation", "kernel")
+    assert re.fullmatch(r"Triton [\d.]+ interpreter on CPU", dlops_triton.implementation("cpu"))
+    with pytest.raises(ValueError, match="got 'mps'"):
+        dlops_triton.implementation("mps")
+
+
+def test_a_cpu_user_needs_no_switch() -> None:
+    """Without the interpreter CPU tensors go to the reference, in a process of its own."""
+    program = (
+        "import torch, dlops_triton as d;"
+        "assert d.implementation('cpu') == 'numpy reference on CPU';"
+        "b = torch.tensor([[0., 0, 9, 9], [0, 0, 9, 8]]);"
+        "print(d.nms(b, torch.tensor([.5, .9]), .5).tolist())"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout == "[1]\n"
+
+
+def examples() -> list[str]:
+    readme = ROOT / "README.md"
+    return re.findall(r"```python\n(.*?)```", readme.read_text(), re.S) if readme.exists() else []
+
+
+@pytest.mark.parametrize("example", examples())
+def test_readme_examples_run(example: str, device: torch.device) -> None:
+    torch.manual_seed(0)
+    exec(compile(example, "README.md", "exec"), {})
