@@ -13,7 +13,7 @@ overflows or cancels however large x is, and gamma = 0 is plain cross-entropy. p
 
 Bytes per element of s bytes: forward "none" 2 s, reduced s; backward 2 s (3 s for "none"); an
 integer label costs 8 bytes per row of classes, a dense target its own size per element.
-Operations per element: about 50 forward, 60 backward, 3 of them special functions.
+Instructions per element on sm_90, bf16, integer labels: 108 forward, 127 backward.
 """
 
 import triton

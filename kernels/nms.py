@@ -16,7 +16,7 @@ sets need a handful of rounds, and none needs more than the block has boxes.
 The decision is IEEE arithmetic in the order of `kernels/iou.py`: no fused multiply-add, rounded
 division. A NaN area or IoU compares false and suppresses nothing.
 
-Operations per pair: about 44, of which the division is two thirds.
+Instructions per pair on sm_90, fp32: about 37, most of them the division.
 """
 
 import triton

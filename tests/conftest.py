@@ -12,9 +12,11 @@ import torch
 # Must precede the first import of triton: @triton.jit reads it when it decorates.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which host_cost uses, is chatty
 
 from dlops_triton import _dispatch
 from tests.tools import interpreter, traffic
+from tests.tools.fixtures import gate as gate
 
 torch.set_num_threads(1)
 if _dispatch.INTERPRETED:

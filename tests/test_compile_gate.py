@@ -7,7 +7,6 @@ import re
 import pytest
 
 from tests.tools.compile_gate import TARGETS, Record
-from tests.tools.fixtures import gate  # noqa: F401, a fixture
 
 KERNELS = {
     "focal_fwd_kernel",
@@ -24,18 +23,18 @@ EXACT = {"box_iou_fwd_kernel", "nms_mask_kernel", "nms_suppress_kernel"}
 pytestmark = [pytest.mark.xdist_group("gate"), pytest.mark.filterwarnings("default")]
 
 
-def test_every_kernel_compiles_for_every_target(gate: list[Record]) -> None:  # noqa: F811
+def test_every_kernel_compiles_for_every_target(gate: list[Record]) -> None:
     refused = [f"{record}: {record.error}" for record in gate if record.error]
     assert not refused, "\n".join(refused)
     assert {(r.kernel, r.target) for r in gate} == {(k, t) for k in KERNELS for t in TARGETS}
 
 
-def test_nothing_spills_on_sm_90(gate: list[Record]) -> None:  # noqa: F811
+def test_nothing_spills_on_sm_90(gate: list[Record]) -> None:
     spilling = [str(r) for r in gate if r.target == "sm_90" and (r.code.spilled or r.code.stack)]
     assert not spilling, "\n".join(spilling)
 
 
-def test_deciding_arithmetic_is_ieee(gate: list[Record]) -> None:  # noqa: F811
+def test_deciding_arithmetic_is_ieee(gate: list[Record]) -> None:
     """Rounded division, no contraction, no flushing of small numbers."""
     seen = set()
     for record in gate:
@@ -51,7 +50,7 @@ def test_deciding_arithmetic_is_ieee(gate: list[Record]) -> None:  # noqa: F811
     assert seen == EXACT
 
 
-def test_logits_move_in_vectors_of_16_bytes(gate: list[Record]) -> None:  # noqa: F811
+def test_logits_move_in_vectors_of_16_bytes(gate: list[Record]) -> None:
     for record in gate:
         if record.target == "sm_90" and record.kernel.startswith("focal"):
             assert record.code.counts["load_128"] >= 1, str(record)
@@ -65,7 +64,7 @@ def test_logits_move_in_vectors_of_16_bytes(gate: list[Record]) -> None:  # noqa
 def test_instructions_per_logit(
     kernel: str,
     ceiling: int,
-    gate: list[Record],  # noqa: F811
+    gate: list[Record],
 ) -> None:
     """bf16, integer labels, gamma 2 on sm_90. The code is straight, so instructions count once."""
     (count,) = {
@@ -76,7 +75,7 @@ def test_instructions_per_logit(
     assert count <= ceiling
 
 
-def test_the_resolver_reads_its_bitmask_in_vectors(gate: list[Record]) -> None:  # noqa: F811
+def test_the_resolver_reads_its_bitmask_in_vectors(gate: list[Record]) -> None:
     for record in gate:
         if record.kernel == "nms_resolve_kernel" and record.target == "sm_90":
             assert record.code.counts["load_128"] >= 16, str(record)

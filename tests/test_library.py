@@ -168,7 +168,7 @@ def test_launches_and_synchronisations(name: str, kernel: torch.device) -> None:
 def metered(kernel: torch.device, call: Callable[[], Any]) -> Any:
     if kernel.type != "cpu":
         pytest.skip("traffic is counted in the interpreter")
-    with traffic() as meter:
+    with traffic(sectors=True) as meter:
         call()
     return meter
 
@@ -185,11 +185,11 @@ def test_traffic_of_the_focal_loss(kernel: torch.device) -> None:
     # Elements of a row share a label: requested by each, moved once.
     sparse = metered(kernel, lambda: sigmoid_focal_loss(x, labels, reduction="sum"))
     compulsory = n * c * 2 + n * 8
-    assert sparse.loaded_sectors * 32 <= 1.03 * compulsory
+    assert compulsory <= sparse.loaded_sectors * 32 <= 1.03 * compulsory
     loss = sigmoid_focal_loss(x, labels, reduction="sum")
     back = metered(kernel, loss.backward)
     assert back.stored == n * c * 2
-    assert back.dram <= 1.03 * (compulsory + n * c * 2)
+    assert compulsory + n * c * 2 <= back.dram <= 1.03 * (compulsory + n * c * 2)
 
 
 def test_traffic_of_box_iou(kernel: torch.device) -> None:
@@ -202,7 +202,8 @@ def test_traffic_of_box_iou(kernel: torch.device) -> None:
     iou = box_iou(a, b)
     back = metered(kernel, lambda: iou.sum().backward())
     assert back.launches == 1
-    assert back.loaded_sectors * 32 <= 1.1 * (16 * (n + m) + 32)  # an expanded gradient: one value
+    least = 16 * (n + m)  # and an expanded gradient is one value
+    assert least <= back.loaded_sectors * 32 <= least + 32
 
 
 def test_traffic_of_nms(kernel: torch.device) -> None:
@@ -213,7 +214,7 @@ def test_traffic_of_nms(kernel: torch.device) -> None:
     words = n // 32
     # The bitmask once each way, in rows padded to a block; boxes, flags and packed words.
     assert got.stored == words * 512 * 4 + n + words * 4
-    assert got.stored_sectors * 32 <= words * 512 * 4 + n + words * 4 + 64
+    assert 0 < got.stored_sectors * 32 <= words * 512 * 4 + n + words * 4 + 64
 
 
 # ---- the house
@@ -310,6 +311,8 @@ def examples() -> list[str]:
 
 
 @pytest.mark.parametrize("example", examples())
-def test_readme_examples_run(example: str, device: torch.device) -> None:
+def test_readme_examples_run(example: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the reference, as on a newcomer's laptop."""
+    monkeypatch.setattr(_dispatch, "cpu_implementation", "reference")
     torch.manual_seed(0)
     exec(compile(example, "README.md", "exec"), {})

@@ -1,0 +1,151 @@
+"""What a benchmark is: one ``Bench`` value per op, made of cases, providers and a cost model.
+
+The cost model is the same for all providers: the bytes that any implementation must move between
+DRAM and the chip, each input once and each output once, and the operations of the leanest known
+formulation. An operation is one fp32 instruction of one lane, so a fused multiply-add counts once
+and half of a device's fp32 FLOP/s is its roof.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Array = npt.NDArray[Any]
+Arrays = tuple[npt.ArrayLike, ...]
+Inputs = dict[str, Tensor]
+Outputs = tuple[Tensor, ...]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# Largest relative error, in norm over an output, with which a provider is still timed. Peers that
+# compute in the dtype of their input need the room; wrong formulas are off by far more.
+TOLERANCE = {"bf16": 3e-2, "fp16": 4e-3, "fp32": 1e-4}
+
+
+class AbsentError(Exception):
+    """A provider that cannot take part, and why."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem size.
+
+    ``small`` is the same problem in small, for the numpy reference, the interpreter and the
+    compiler: it launches the same kernels as often, specialised alike (divisibility by 16).
+    """
+
+    name: str
+    sizes: Mapping[str, int]
+    small: Mapping[str, int]
+    dtypes: tuple[str, ...] = ("bf16", "fp32")
+    modes: tuple[str, ...] = ("fwd", "fwd+bwd")
+    option: str = ""  # of the op: focal's reduction, the layout of NMS's boxes
+
+    def shrunk(self) -> Case:
+        return replace(self, sizes=self.small)
+
+
+# Binds a provider to inputs, untimed; what it returns runs the forward pass.
+Provider = Callable[[Case, Inputs], Callable[[], Tensor]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """The elements that one kernel works through, for instructions per element."""
+
+    block: Callable[[Mapping[str, Any]], int] | None = None  # per program, by its constexprs
+    loop: Callable[[Mapping[str, Any]], int] | None = None  # per pass of the innermost loop
+    # In all launches of a call, by the sizes of a case; None: no model of the op's time.
+    elements: Callable[[Mapping[str, int]], int] | None = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """All there is to know about one op's benchmark."""
+
+    name: str
+    cases: tuple[Case, ...]  # of real networks
+    sweep: tuple[Case, ...]
+    make: Callable[[Case, torch.dtype, torch.device], Inputs]
+    providers: Mapping[str, Provider]  # the library's own is called "ours"
+    reference: Callable[[Case, Inputs, str], Arrays]  # numpy; by mode
+    bytes: Callable[[Case, str, int], int]  # by mode and bytes per element
+    operations: Callable[[Case, str], int]  # by mode
+    kernels: Mapping[str, Work | None] = field(default_factory=dict)  # None: serial, not modelled
+    leaves: tuple[str, ...] = ()  # inputs that get a gradient; "grad" is that of the output
+    exact: bool = False  # outputs must be equal, not close
+    capturable: bool = True  # in a CUDA graph: the host never waits
+    shrink: Callable[[], None] = lambda: None  # what a process must set before it runs small cases
+
+
+def load(op: str) -> Bench:
+    """The benchmark of one op of ``perf.OPS``."""
+    bench: Bench = importlib.import_module(f".{op}", __package__).BENCH
+    return bench
+
+
+def bind(
+    bench: Bench, provider: str, case: Case, mode: str, inputs: Inputs
+) -> Callable[[], Outputs]:
+    """One provider's whole work for ``mode``, as a function without arguments.
+
+    Raises:
+        AbsentError: the provider cannot do this case.
+    """
+    leaves = [inputs[name].requires_grad_(mode != "fwd") for name in bench.leaves]
+    forward = bench.providers[provider](case, inputs)
+    if mode == "fwd":
+        return lambda: (forward(),)
+    grad = inputs.get("grad")
+
+    def both() -> Outputs:
+        out = forward()
+        return (out.detach(), *torch.autograd.grad(out, leaves, grad))
+
+    return both
+
+
+def error(got: Outputs, want: Outputs, exact: bool = False) -> float:
+    """The largest relative error in norm of the outputs; infinite where they are not comparable."""
+    worst = 0.0
+    for a, b in zip(got, want, strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        if exact:
+            worst = max(worst, 0.0 if torch.equal(a, b) else float("inf"))
+        elif b.numel():
+            b = b.double()
+            distance = (a.double() - b).norm() / b.norm().clamp(min=torch.finfo(b.dtype).tiny)
+            worst = max(worst, float(distance.nan_to_num(float("inf"), float("inf"))))
+    return worst
+
+
+def expected(bench: Bench, case: Case, inputs: Inputs, mode: str) -> Outputs:
+    """The outputs according to the numpy reference."""
+    device = next(iter(inputs.values())).device
+    on_cpu = {name: t.detach().cpu() for name, t in inputs.items()}
+    outputs = bench.reference(case, on_cpu, mode)
+    return tuple(torch.from_numpy(np.array(a)).to(device) for a in outputs)
+
+
+def optional(module: str) -> Any:
+    """A module, or the reason why a provider that needs it is absent."""
+    try:
+        return importlib.import_module(module)
+    except Exception as e:  # a build for another torch fails in many ways
+        raise AbsentError(f"{module} does not import: {type(e).__name__}: {e}") from e
+
+
+@functools.cache
+def compiled(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``torch.compile``, for one shape at a time and without graph breaks."""
+    return torch.compile(formula, fullgraph=True, dynamic=False)

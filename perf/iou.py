@@ -1,0 +1,110 @@
+"""Benchmark of the pairwise box IoU.
+
+Bytes: forward reads both sets of boxes and writes a value per pair; backward reads a gradient per
+pair and the boxes again, and writes their gradients. Operations per pair: 14 forward (8 for the
+overlap, 2 for the union, 4 for the quotient), 52 with the gradient (those 14 again, 24 for the
+shares of the coordinates of both boxes and their sums, the areas).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from dlops_triton import box_iou
+from dlops_triton.reference import iou as reference
+
+from .bench import Arrays, Bench, Case, Inputs, Work, compiled, optional
+
+
+def make(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Boxes of 8 to 264 pixels a side, anywhere in an image of 1333 x 800."""
+    n, m = case.sizes["n"], case.sizes["m"]
+    g = torch.Generator(device).manual_seed(0)
+    image = torch.tensor([1333.0, 800.0], device=device)
+
+    def boxes(count: int) -> Tensor:
+        corner = torch.rand(count, 2, generator=g, device=device) * image
+        side = torch.rand(count, 2, generator=g, device=device) * 256 + 8
+        return torch.cat([corner, corner + side], dim=1).to(dtype)
+
+    grad = torch.randn(n, m, generator=g, dtype=dtype, device=device)
+    return {"boxes1": boxes(n), "boxes2": boxes(m), "grad": grad}
+
+
+def formula(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    a = boxes1 if boxes1.dtype == torch.float64 else boxes1.float()
+    b = boxes2.to(a.dtype)
+    low = torch.maximum(a[:, None, :2], b[None, :, :2])
+    high = torch.minimum(a[:, None, 2:], b[None, :, 2:])
+    side = (high - low).clamp(min=0)
+    inter = side[..., 0] * side[..., 1]
+    return (inter / (_area(a)[:, None] + _area(b) - inter)).to(boxes1.dtype)
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def _ours(case: Case, i: Inputs) -> Callable[[], Tensor]:
+    return lambda: box_iou(i["boxes1"], i["boxes2"])
+
+
+def _eager(case: Case, i: Inputs) -> Callable[[], Tensor]:
+    return lambda: formula(i["boxes1"], i["boxes2"])
+
+
+def _compile(case: Case, i: Inputs) -> Callable[[], Tensor]:
+    return lambda: compiled(formula)(i["boxes1"], i["boxes2"])
+
+
+def _torchvision(case: Case, i: Inputs) -> Callable[[], Tensor]:
+    iou = optional("torchvision.ops").box_iou
+    return lambda: iou(i["boxes1"], i["boxes2"])
+
+
+def _reference(case: Case, i: Inputs, mode: str) -> Arrays:
+    a, b, grad = (i[name].float().numpy() for name in ("boxes1", "boxes2", "grad"))
+    iou = reference.box_iou(a, b)
+    return (iou,) if mode == "fwd" else (iou, *reference.box_iou_grad(a, b, grad))
+
+
+def _bytes(case: Case, mode: str, itemsize: int) -> int:
+    n, m = case.sizes["n"], case.sizes["m"]
+    pairs, boxes = itemsize * n * m, itemsize * 4 * (n + m)
+    return pairs + boxes if mode == "fwd" else 2 * pairs + 3 * boxes
+
+
+def _operations(case: Case, mode: str) -> int:
+    return {"fwd": 14, "fwd+bwd": 52}[mode] * case.sizes["n"] * case.sizes["m"]
+
+
+def _tile(constants: Mapping[str, int]) -> int:
+    return constants["BLOCK_N"] * constants["BLOCK_M"]
+
+
+BENCH = Bench(
+    name="iou",
+    cases=(
+        Case("proposals-20k-1k", {"n": 20_000, "m": 1_000}, {"n": 160, "m": 120}),
+        Case("square-10k", {"n": 10_000, "m": 10_000}, {"n": 144, "m": 144}),
+        Case("anchors-200k-100", {"n": 200_000, "m": 100}, {"n": 224, "m": 100}),
+    ),
+    sweep=tuple(
+        Case(f"sweep-{n}", {"n": n, "m": n}, {"n": 128, "m": 128}, dtypes=("fp32",))
+        for n in (512, 2048, 8192)
+    ),
+    make=make,
+    providers={"ours": _ours, "eager": _eager, "compile": _compile, "torchvision": _torchvision},
+    reference=_reference,
+    bytes=_bytes,
+    operations=_operations,
+    kernels={
+        "box_iou_fwd_kernel": Work(block=_tile, elements=lambda s: s["n"] * s["m"]),
+        # Launched for either set of boxes.
+        "box_iou_bwd_kernel": Work(block=_tile, loop=_tile, elements=lambda s: 2 * s["n"] * s["m"]),
+    },
+    leaves=("boxes1", "boxes2"),
+)

@@ -1,0 +1,158 @@
+"""Benchmark of greedy NMS, on boxes of which the number kept is known by construction.
+
+"clusters": every object has equally many candidate boxes around it, any two of which overlap by
+more than the threshold, and objects do not touch. One box per object is kept. Objects of different
+classes lie on top of each other. "staircase": each box overlaps by more than the threshold with
+the next one only, so every other box is kept, and each decision hangs on the one before: the worst
+case of every parallel method. Coordinates are whole numbers, for which fp32 IoU arithmetic is exact
+in any order, so all providers must agree to the last index.
+
+Bytes: boxes, scores and classes are read, indices are written. Operations: 11 per pair of a kept
+box and a later one of its class, which any method that compares boxes with kept boxes must do.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlops_triton import batched_nms, nms
+from dlops_triton.reference import nms as reference
+
+from .bench import AbsentError, Arrays, Bench, Case, Inputs, Work, optional
+
+THRESHOLD = 0.5
+_SIDE, _JITTER, _PITCH, _STEP = 64, 4, 96, 16
+_EAGER_LIMIT = 20_000  # boxes; the eager formula holds several fp32 matrices, N x N each
+
+
+def make(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
+    n, kept, classes = case.sizes["n"], case.sizes["kept"], case.sizes.get("classes", 1)
+    rng = np.random.default_rng(0)
+    box = np.arange(n)
+    if case.option == "staircase":
+        corner = np.stack([box * _STEP, 0 * box], axis=1)
+        boxes = np.concatenate([corner, corner + _SIDE], axis=1)
+        rank = box
+    else:
+        place = box % kept // classes
+        columns = math.ceil(math.sqrt(kept / classes))
+        corner = np.stack([place % columns, place // columns], axis=1) * _PITCH + _JITTER
+        boxes = np.concatenate([corner, corner + _SIDE], axis=1)
+        boxes = boxes + rng.integers(-_JITTER, _JITTER + 1, boxes.shape)
+        rank = rng.permutation(n)
+    made = {
+        "boxes": torch.tensor(boxes, dtype=dtype, device=device),
+        "scores": torch.tensor(1 - rank / n, dtype=dtype, device=device),
+    }
+    if "classes" in case.sizes:
+        made["idxs"] = torch.tensor(box % kept % classes, device=device)
+    return made
+
+
+def formula(boxes: Tensor, scores: Tensor, idxs: Tensor | None) -> Tensor:
+    """The matrix of all pairs, then the fixed point of "kept unless a kept box suppresses it"."""
+    order = torch.sort(scores, descending=True, stable=True).indices
+    x1, y1, x2, y2 = boxes[order].unbind(1)
+    area = (x2 - x1) * (y2 - y1)
+    w = torch.minimum(x2[:, None], x2) - torch.maximum(x1[:, None], x1)
+    h = torch.minimum(y2[:, None], y2) - torch.maximum(y1[:, None], y1)
+    inter = w.clamp_(min=0) * h.clamp_(min=0)
+    hit = (inter / (area[:, None] + area - inter) > THRESHOLD).triu_(1)
+    if idxs is not None:
+        hit &= idxs[order][:, None] == idxs[order]
+    keep = torch.ones_like(order, dtype=torch.bool)
+    while True:
+        after = ~(hit & keep[:, None]).any(0)
+        if torch.equal(after, keep):
+            return order[keep]
+        keep = after
+
+
+def _ours(case: Case, i: Inputs) -> Callable[[], Tensor]:
+    if "idxs" in i:
+        return lambda: batched_nms(i["boxes"], i["scores"], i["idxs"], THRESHOLD)
+    return lambda: nms(i["boxes"], i["scores"], THRESHOLD)
+
+
+def _eager(case: Case, i: Inputs) -> Callable[[], Tensor]:
+    if case.sizes["n"] > _EAGER_LIMIT:
+        raise AbsentError(f"its N x N matrices are made for at most {_EAGER_LIMIT} boxes")
+    return lambda: formula(i["boxes"], i["scores"], i.get("idxs"))
+
+
+def _compile(case: Case, i: Inputs) -> Callable[[], Tensor]:
+    raise AbsentError("torch.compile takes no loop whose length depends on data")
+
+
+def _torchvision(case: Case, i: Inputs) -> Callable[[], Tensor]:
+    peer = optional("torchvision.ops")
+    if "idxs" in i:
+        return lambda: peer.batched_nms(i["boxes"], i["scores"], i["idxs"], THRESHOLD)
+    return lambda: peer.nms(i["boxes"], i["scores"], THRESHOLD)
+
+
+def _reference(case: Case, i: Inputs, mode: str) -> Arrays:
+    idxs = i["idxs"].numpy() if "idxs" in i else None
+    return (reference.nms(i["boxes"].numpy(), i["scores"].numpy(), THRESHOLD, idxs=idxs),)
+
+
+def _bytes(case: Case, mode: str, itemsize: int) -> int:
+    per_box = 5 * itemsize + (8 if "classes" in case.sizes else 0)
+    return per_box * case.sizes["n"] + 8 * case.sizes["kept"]
+
+
+def _operations(case: Case, mode: str) -> int:
+    n, kept = case.sizes["n"], case.sizes["kept"]
+    return 11 * (kept * n - kept * (kept + 1) // 2) // case.sizes.get("classes", 1)
+
+
+def _case(
+    name: str, n: int, kept: int, small_n: int, option: str = "clusters", **classes: int
+) -> Case:
+    small = {"n": small_n, "kept": max(1, kept * small_n // n), **classes}
+    sizes = {"n": n, "kept": kept, **classes}
+    return Case(name, sizes, small, dtypes=("fp32",), modes=("fwd",), option=option)
+
+
+def _shrink() -> None:
+    """Small cases then go through as many bands as the cases they stand for."""
+    module: Any = sys.modules[nms.__module__]  # the package's attribute of that name is the op
+    module.BAND = module.BLOCK
+
+
+BENCH = Bench(
+    name="nms",
+    cases=(
+        _case("1k-keep-100", 1_000, 100, 500),
+        _case("10k-keep-1k", 10_000, 1_000, 496),
+        _case("100k-keep-10k", 100_000, 10_000, 3_136),
+        _case("20k-80-classes-keep-2k", 20_000, 2_000, 640, classes=80),
+    ),
+    sweep=(
+        _case("10k-keep-100", 10_000, 100, 496),
+        _case("10k-keep-10k", 10_000, 10_000, 496),
+        _case("10k-staircase", 10_000, 5_000, 496, option="staircase"),
+    ),
+    make=make,
+    providers={"ours": _ours, "eager": _eager, "compile": _compile, "torchvision": _torchvision},
+    reference=_reference,
+    bytes=_bytes,
+    operations=_operations,
+    kernels={
+        "nms_mask_kernel": Work(
+            block=lambda k: 32 * k["BLOCK"], loop=lambda k: k["ROWS"] * k["BLOCK"]
+        ),
+        "nms_resolve_kernel": None,
+        "nms_suppress_kernel": Work(loop=lambda k: k["ROWS"] * k["BLOCK"]),
+    },
+    exact=True,
+    capturable=False,
+    shrink=_shrink,
+)

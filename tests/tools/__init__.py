@@ -1,0 +1,1 @@
+"""What the test suite measures with: each tool has a test that shows it finding a planted fault."""
