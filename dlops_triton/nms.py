@@ -16,7 +16,10 @@ BAND = 16384
 BLOCK = 512  # boxes that one program decides at a time; a divisor of BAND
 MASK = {"BLOCK": BLOCK, "ROWS": 4, "num_warps": 4}
 RESOLVE = {"BLOCK": BLOCK, "WORDS": 16, "num_warps": 8}
-SUPPRESS = {"BLOCK": BLOCK, "ROWS": 4, "WORDS": 64, "num_warps": 4}
+SUPPRESS = {  # by dtype of the arithmetic: fewer fp64 rows stay in registers
+    torch.float32: {"BLOCK": BLOCK, "ROWS": 4, "WORDS": 64, "num_warps": 4},
+    torch.float64: {"BLOCK": BLOCK, "ROWS": 2, "WORDS": 64, "num_warps": 4},
+}
 
 
 def nms(
@@ -153,6 +156,7 @@ def _suppress(
 ) -> None:
     """Clear in ``keep`` (int8 [N]) the boxes that fall. Boxes, best first, and ids contiguous."""
     n = boxes.shape[0]
+    suppress = SUPPRESS[_dispatch.compute_dtype(boxes.dtype)]
     size = min(n, BAND)
     words = triton.cdiv(size, 32)
     stride = triton.cdiv(size, BLOCK) * BLOCK
@@ -190,8 +194,8 @@ def _suppress(
         )
         if end < n:
             grid = (
-                triton.cdiv(n - end, SUPPRESS["BLOCK"]),
-                triton.cdiv(words, SUPPRESS["WORDS"]),
+                triton.cdiv(n - end, suppress["BLOCK"]),
+                triton.cdiv(words, suppress["WORDS"]),
             )
             _dispatch.launch(
                 nms_suppress_kernel,
@@ -206,7 +210,7 @@ def _suppress(
                 iou_threshold,
                 OFFSET=offset,
                 enable_fp_fusion=False,
-                **SUPPRESS,
+                **suppress,
             )
 
 

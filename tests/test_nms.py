@@ -123,7 +123,7 @@ def test_blocks_and_bands(seed: int, kernel: torch.device, monkeypatch: pytest.M
         ("BLOCK", 64),
         ("MASK", {"BLOCK": 64, "ROWS": 16, "num_warps": 2}),
         ("RESOLVE", {"BLOCK": 64, "WORDS": 2, "num_warps": 2}),
-        ("SUPPRESS", {"BLOCK": 32, "ROWS": 16, "WORDS": 2, "num_warps": 1}),
+        ("SUPPRESS", {torch.float32: {"BLOCK": 32, "ROWS": 16, "WORDS": 2, "num_warps": 1}}),
     ):
         monkeypatch.setattr(module, name, table)
     rng = np.random.default_rng(seed)

@@ -1,0 +1,127 @@
+"""Scenes of handwritten digits on photographs, with everything held out kept apart.
+
+The digits are scikit-learn's `load_digits`, the backgrounds its two sample photographs, so nothing
+is downloaded. A scene holds 5 to 15 digits, 14 to 44 pixels tall, each in a colour that stands out
+from what lies under it. They overlap, but no digit hides another.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_images
+from torch import Tensor
+from tqdm import tqdm
+
+SIZE = 128  # pixels, the side of a scene
+CLASSES = 10
+MIN_DIGITS, MAX_DIGITS = 5, 15
+MAX_OVERLAP = 0.4  # of two boxes, as a share of the smaller one
+
+# load_digits has no column for the writer, but its 1,797 rows are 14 forms of about 130 digits, one
+# after the other: each is the same dictation and begins 0..9, 0..9, 0..9. The forms of a writer lie
+# side by side (13 writers filled 14), so cutting between forms and leaving out the one at the cut
+# puts no writer on both sides: 9 forms to train on, 1 left out, 4 held out.
+DIGITS = {"train": slice(0, 1157), "held-out": slice(1287, 1797)}
+# Columns of both photographs, which are 640 pixels wide.
+PHOTOS = {"train": slice(213, 640), "held-out": slice(0, 213)}
+
+
+class Scenes(NamedTuple):
+    images: Tensor  # [N, 3, SIZE, SIZE] uint8
+    boxes: Tensor  # [N, MAX_DIGITS, 4] float32, xyxy, tight around the ink; zeros where no digit is
+    labels: Tensor  # [N, MAX_DIGITS] int64, the digit; CLASSES where none is
+
+    def to(self, device: torch.device) -> "Scenes":
+        return Scenes(*(t.to(device) for t in self))
+
+
+def compose(split: str, count: int, seed: int, **bar: object) -> Scenes:
+    """Compose `count` scenes of `split`, "train" or "held-out"."""
+    composer = _Composer(split, seed)
+    images = np.empty((count, SIZE, SIZE, 3), np.uint8)
+    boxes = np.zeros((count, MAX_DIGITS, 4), np.float32)
+    labels = np.full((count, MAX_DIGITS), CLASSES)
+    for i in tqdm(range(count), f"{split} scenes", **bar):
+        canvas, where, what = composer.scene()
+        images[i] = (canvas * 255).round()
+        boxes[i, : len(where)] = where
+        labels[i, : len(what)] = what
+    return Scenes(
+        torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+        torch.from_numpy(boxes),
+        torch.from_numpy(labels),
+    )
+
+
+class _Composer:
+    def __init__(self, split: str, seed: int):
+        digits = load_digits()
+        ink = digits.images[DIGITS[split]].astype(np.float32) / 16
+        self.digits = np.pad(ink, ((0, 0), (2, 2), (2, 2)))  # [rows, 12, 12], ink in [0, 1]
+        self.labels = digits.target[DIGITS[split]]
+        self.photos = [photo[:, PHOTOS[split]] for photo in load_sample_images().images]
+        self.rng = np.random.default_rng(seed)
+
+    def scene(self) -> tuple[NDArray, NDArray, list[int]]:
+        canvas = self.background()
+        count = self.rng.integers(MIN_DIGITS, MAX_DIGITS, endpoint=True)
+        boxes = np.empty((0, 4), np.float32)
+        labels: list[int] = []
+        while len(labels) < count:
+            row = self.rng.integers(len(self.digits))
+            ink = self.ink(self.digits[row])
+            h, w = ink.shape
+            x, y = self.rng.integers(0, (SIZE - w, SIZE - h), endpoint=True)
+            box = np.array([x, y, x + w, y + h], np.float32)
+            if overlap(box, boxes).max(initial=0) <= MAX_OVERLAP:
+                patch = canvas[y : y + h, x : x + w]
+                patch += ink[..., None] * (self.colour(patch) - patch)
+                boxes = np.vstack([boxes, box])
+                labels.append(self.labels[row])
+        return canvas, boxes, labels
+
+    def background(self) -> NDArray:
+        """A square crop of a photograph, at two thirds to one and a half times its scale."""
+        photo = self.photos[self.rng.integers(len(self.photos))]
+        side = self.rng.integers(SIZE * 2 // 3, SIZE * 3 // 2)
+        y, x = self.rng.integers(0, np.subtract(photo.shape[:2], side), endpoint=True)
+        crop = Image.fromarray(photo[y : y + side, x : x + side])
+        if self.rng.random() < 0.5:
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.asarray(crop.resize((SIZE, SIZE)), np.float32) / 255
+
+    def ink(self, digit: NDArray) -> NDArray:
+        """The digit enlarged, a little stretched, turned and slanted, and cropped to its ink."""
+        height = np.exp(self.rng.uniform(np.log(14), np.log(44)))
+        stretch = self.rng.uniform(0.85, 1.15)
+        turn, slant = self.rng.uniform(-0.15, 0.15, 2)
+        cos, sin = np.cos(turn), np.sin(turn)
+        # From the enlarged digit to the 8 x 8 one in the middle of its 12 x 12 frame.
+        matrix = 8 / height * np.array([[stretch * cos, slant - sin], [sin, cos]])
+        side = round(1.5 * height)
+        offset = 6 - matrix @ [side / 2, side / 2]
+        enlarged = Image.fromarray(digit).transform(
+            (side, side),
+            Image.Transform.AFFINE,
+            (*matrix[0], offset[0], *matrix[1], offset[1]),
+            Image.Resampling.BICUBIC,
+        )
+        ink = np.clip(2 * np.asarray(enlarged) - 0.4, 0, 1)  # crisper strokes
+        rows, columns = np.nonzero(ink > 0.3)
+        return ink[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+
+    def colour(self, patch: NDArray) -> NDArray:
+        """Of six random colours, the one furthest from what it will cover."""
+        colours = self.rng.random((6, 3), np.float32)
+        distances = np.square(colours - patch.mean(axis=(0, 1))).sum(axis=1)
+        return colours[distances.argmax()]
+
+
+def overlap(box: NDArray, boxes: NDArray) -> NDArray:
+    """Intersection of `box` with each of `boxes`, over the smaller of the two areas."""
+    sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
+    areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+    return sides.clip(0).prod(axis=1) / np.minimum(areas, np.prod(box[2:] - box[:2]))
