@@ -14,7 +14,9 @@ from .reference import focal as reference
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-BLOCK, NUM_WARPS = 1024, 4  # predicted, not yet tuned on a GPU
+# By dtype of the arithmetic; chosen for what stays in registers, not yet tuned on a GPU.
+BLOCK = {torch.float32: 1024, torch.float64: 512}
+NUM_WARPS = 4
 
 
 def sigmoid_focal_loss(
@@ -62,9 +64,9 @@ def sigmoid_focal_loss(
             in the message with its value; ``avg_factor`` without "mean"; ``targets``, ``weight`` or
             ``avg_factor`` that require a gradient, for they are constants of the loss.
 
-    The arithmetic is fp32 (fp64 for fp64). An infinite or NaN logit makes its own loss and
-    gradient NaN or infinite, no others; under ``ignore_index`` not even that. Bitwise
-    deterministic. Nothing is synchronised with the host. Differentiating twice raises.
+    The arithmetic is fp32 (fp64 for fp64). An infinite or NaN logit, or a dense target outside
+    [0, 1], spoils its own loss and gradient, no others; under ``ignore_index`` not even that.
+    Bitwise deterministic. Nothing is synchronised with the host. Differentiating twice raises.
     """
     _check(inputs, targets, weight)
     if alpha is not None and alpha != -1:
@@ -192,7 +194,7 @@ def _settings(
         "SMOOTHING": label_smoothing,
         "TARGETS": (PER_ROW if targets.dtype in _INTEGERS else PER_ELEMENT).value,
         "WEIGHTS": weights.value,
-        "BLOCK": BLOCK,
+        "BLOCK": BLOCK[_dispatch.compute_dtype(inputs.dtype)],
         "num_warps": NUM_WARPS,
         "enable_fp_fusion": True,
     }
@@ -216,7 +218,8 @@ def _launch_fwd(
     loss = _alloc_loss(inputs, reduce)
     if n == 0:
         return loss.zero_()
-    programs = triton.cdiv(n, BLOCK)
+    settings = _settings(inputs, targets, weight, alpha, gamma, ignore_index, label_smoothing)
+    programs = triton.cdiv(n, settings["BLOCK"])
     out = loss.new_empty(programs) if reduce else loss
     _dispatch.launch(
         focal_fwd_kernel,
@@ -228,7 +231,7 @@ def _launch_fwd(
         n,
         inputs.shape[-1] if inputs.dim() else 1,
         REDUCE=reduce,
-        **_settings(inputs, targets, weight, alpha, gamma, ignore_index, label_smoothing),
+        **settings,
     )
     return out.sum() if reduce else loss
 
@@ -247,11 +250,12 @@ def _launch_bwd(
     dx = _alloc_dx(inputs)
     if n == 0:
         return dx
+    settings = _settings(inputs, targets, weight, alpha, gamma, ignore_index, label_smoothing)
     # The gradient of a sum arrives as one number, or as one number expanded: read it in place.
     scalar = not any(grad.stride())
     _dispatch.launch(
         focal_bwd_kernel,
-        (triton.cdiv(n, BLOCK),),
+        (triton.cdiv(n, settings["BLOCK"]),),
         inputs.contiguous(),
         targets.contiguous(),
         None if weight is None else weight.contiguous(),
@@ -260,7 +264,7 @@ def _launch_bwd(
         n,
         inputs.shape[-1] if inputs.dim() else 1,
         SCALAR_GRAD=scalar,
-        **_settings(inputs, targets, weight, alpha, gamma, ignore_index, label_smoothing),
+        **settings,
     )
     return dx
 
@@ -308,7 +312,7 @@ def _reference_bwd(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
     )
-    return _dispatch.from_numpy(dx * _dispatch.to_numpy(grad), inputs.dtype)
+    return (_dispatch.from_numpy(dx, torch.float64) * grad).to(inputs.dtype)
 
 
 _fwd = _dispatch.register(

@@ -16,9 +16,9 @@ BAND = 16384
 BLOCK = 512  # boxes that one program decides at a time; a divisor of BAND
 MASK = {"BLOCK": BLOCK, "ROWS": 4, "num_warps": 4}
 RESOLVE = {"BLOCK": BLOCK, "WORDS": 16, "num_warps": 8}
-SUPPRESS = {  # by dtype of the arithmetic: fewer fp64 rows stay in registers
+SUPPRESS = {  # by dtype of the arithmetic, for what stays in registers
     torch.float32: {"BLOCK": BLOCK, "ROWS": 4, "WORDS": 64, "num_warps": 4},
-    torch.float64: {"BLOCK": BLOCK, "ROWS": 2, "WORDS": 64, "num_warps": 4},
+    torch.float64: {"BLOCK": 256, "ROWS": 4, "WORDS": 64, "num_warps": 4},
 }
 
 

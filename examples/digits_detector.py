@@ -1,6 +1,6 @@
 """Train a small detector of handwritten digits with dlops_triton, and see what it finds.
 
-    python examples/digits_detector.py            # 2 to 3 minutes on two CPU cores
+    python examples/digits_detector.py            # about 2 minutes on two CPU cores
     python examples/digits_detector.py --quick    # half a minute, and a weaker detector
 
 An anchor-free, FCOS-like network: every fourth pixel, both ways, says which digit is centred there
@@ -296,9 +296,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of training (default 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--steps", type=int, metavar="N", help="default 1800, with --quick 400")
+    parser.add_argument("--steps", type=int, metavar="N", help="default 1500, with --quick 400")
     args = parser.parse_args()
-    args.steps = args.steps or (400 if args.quick else 1800)
+    args.steps = args.steps or (400 if args.quick else 1500)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     return args
@@ -314,7 +314,7 @@ def main() -> int:
 
     torch.manual_seed(args.seed)
     # The held-out scenes are the same whatever the seed, so that runs can be compared.
-    scenes = compose("train", 600 if args.quick else 1800, args.seed, **BAR).to(device)
+    scenes = compose("train", 600 if args.quick else 1500, args.seed, **BAR).to(device)
     held_out = compose("held-out", 100 if args.quick else 200, 0, **BAR).to(device)
     model = Detector().to(device)
     started = time.perf_counter()

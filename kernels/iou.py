@@ -122,7 +122,7 @@ def box_iou_bwd_kernel(
             below = _denominator(other_area[None, :], area[:, None], inter, IOF)
         iou = inter / below
         # No gradient through a pair without an IoU: one bad box must not spoil the others' sums.
-        ok = ok & (below != 0) & (iou == iou)
+        ok = ok & (iou == iou)
         scale = tl.where(ok, g / below, 0.0)
         iou = tl.where(ok, iou, 0.0)
         if IOF:

@@ -63,6 +63,9 @@ _CALLS: dict[str, Callable[[], None]] = {
     "focal bfloat16 bool weighted gamma 0.5": functools.partial(
         _focal, BFLOAT, "bool", "mean", "element", gamma=0.5, alpha=-1, label_smoothing=0.1
     ),
+    "focal float64 soft weighted none": functools.partial(
+        _focal, DOUBLE, "soft", "none", "element", gamma=0.5, label_smoothing=0.1
+    ),
     "focal float32 labels weighted gamma 0": functools.partial(
         _focal, FLOAT, "labels", "mean", "row", gamma=0.0
     ),

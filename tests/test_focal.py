@@ -299,6 +299,17 @@ def test_nan_stays_in_its_element_and_out_of_ignored_rows(device: torch.device) 
     assert bool(total.isfinite())
 
 
+def test_a_divisor_of_0_on_the_device_is_the_callers(device: torch.device) -> None:
+    x = torch.randn(3, 4, device=device, requires_grad=True)
+    zero = torch.zeros((), device=device)
+    t = torch.zeros(3, 4, device=device)
+    loss = sigmoid_focal_loss(x, t, reduction="mean", avg_factor=zero)
+    loss.backward()
+    assert bool(loss.isinf())
+    assert x.grad is not None
+    assert bool(x.grad.isinf().all())
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_empty(reduction: Any, device: torch.device) -> None:
     x = torch.zeros(0, 80, device=device, requires_grad=True)

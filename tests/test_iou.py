@@ -175,7 +175,7 @@ def test_bad_boxes_stay_among_themselves(device: torch.device) -> None:
     inf, nan = float("inf"), float("nan")
     good = torch.tensor([[0.0, 0, 10, 10], [5, 5, 15, 15]], device=device)
     bad = torch.tensor(
-        [[nan, 0, 10, 10], [0, 0, inf, inf], [3, 3, 3, 3], [9, 9, 1, 1], [-inf, -inf, 5, 5]],
+        [[nan, nan, 10, 10], [0, 0, inf, inf], [3, 3, 3, 3], [9, 9, 1, 1], [-inf, -inf, 5, 5]],
         device=device,
     )
     a = torch.cat([good, bad]).requires_grad_()
