@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -45,8 +46,10 @@ def main() -> None:
         if not constraints.exists():
             constraints = ROOT / "constraints.txt"
         install = [python, "-m", "pip", "install", "--quiet", "-c", str(constraints), str(wheel)]
-        subprocess.run(install, check=True)
-        subprocess.run([python, "-c", PROGRAM], check=True, cwd=folder)
+        # Out of reach of the checkout, which would pass for the installed package.
+        outside = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        subprocess.run(install, check=True, cwd=folder, env=outside)
+        subprocess.run([python, "-c", PROGRAM], check=True, cwd=folder, env=outside)
 
 
 if __name__ == "__main__":
