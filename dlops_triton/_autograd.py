@@ -13,12 +13,12 @@ Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 class _NotTwice(torch.autograd.Function):
-    """The identity on a gradient, tied to what it depends on, without a derivative."""
+    """A copy of a gradient, tied to what it depends on, without a derivative."""
 
     @staticmethod
     def forward(ctx: Any, name: str, gradient: Tensor, *depends_on: Tensor) -> Tensor:
         ctx.name = name
-        return gradient.view_as(gradient)
+        return gradient.clone()
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:

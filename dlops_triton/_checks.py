@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# torch.export traces sizes as symbolic numbers.
+_NUMBERS = (int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat)
 
 
 def tensor(name: str, value: object) -> None:
@@ -40,15 +45,23 @@ def boxes(name: str, value: object, batched: bool = False) -> None:
 
 
 def choice(name: str, value: object, accepted: Sequence[object]) -> None:
-    if value not in accepted:
+    if not any(type(value) is type(a) and value == a for a in accepted):
         options = ", ".join(repr(a) for a in accepted)
         raise ValueError(f"{name} must be one of {options}, got {value!r}")
 
 
 def number(name: str, value: object, low: float, high: float, accepted: str) -> None:
     """A finite number in [low, high]; ``accepted`` says so in words."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{name} must be a number {accepted}, got {type(value).__name__} {value!r}")
     # Comparisons only: torch.compile with dynamic shapes cannot trace math.isfinite.
     if not (low <= value <= high and -math.inf < value < math.inf):
+        raise ValueError(f"{name} must be {accepted}, got {value!r}")
+
+
+def integer(name: str, value: object, low: int, high: int, accepted: str) -> None:
+    """An integer in [low, high]; ``accepted`` says so in words."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer, torch.SymInt)):
+        raise TypeError(f"{name} must be {accepted}, got {value!r}")
+    if not low <= value <= high:
         raise ValueError(f"{name} must be {accepted}, got {value!r}")

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -69,18 +68,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def accumulator(dtype: torch.dtype) -> tl.dtype:
-    """The same for a kernel."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def to_numpy(t: Tensor) -> npt.NDArray[Any]:
     """A CPU tensor's values; bfloat16, which numpy lacks, as float32."""
     return (t.float() if t.dtype == torch.bfloat16 else t).detach().numpy()
 
 
 def from_numpy(a: npt.ArrayLike, dtype: torch.dtype) -> Tensor:
-    """A CPU tensor of ``dtype``, rounded once from ``a``, in memory of its own."""
+    """A CPU tensor of ``dtype`` with the values of ``a``, in memory of its own."""
     return torch.tensor(np.asarray(a)).to(dtype)
 
 

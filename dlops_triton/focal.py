@@ -12,8 +12,6 @@ from . import _autograd, _checks, _dispatch
 from .kernels.focal import NONE, PER_ELEMENT, PER_ROW, focal_bwd_kernel, focal_fwd_kernel
 from .reference import focal as reference
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
 # By dtype of the arithmetic; chosen for what stays in registers, not yet tuned on a GPU.
 BLOCK = {torch.float32: 1024, torch.float64: 512}
 NUM_WARPS = 4
@@ -40,13 +38,14 @@ def sigmoid_focal_loss(
     Args:
         inputs: logits [..., C], fp16, bf16, fp32 or fp64, any strides.
         targets: either the shape of ``inputs``, bool or floating point in [0, 1] (soft targets
-            follow torchvision's formula); or integer labels of shape ``inputs.shape[:-1]``, where
-            a label in [0, C) is the positive class, ``ignore_index`` gives the row no loss and no
-            gradient, and any other label (C, -1, ...) is background.
+            follow torchvision's formula, and what lies outside is clamped); or integer labels of
+            shape ``inputs.shape[:-1]``, where a label in [0, C) is the positive class,
+            ``ignore_index`` gives the row no loss and no gradient, and any other label (C, -1, ...)
+            is background.
         alpha: weight of the positives, in [0, 1], the negatives' being ``1 - alpha``; None or -1
             weighs neither.
-        gamma: focusing exponent, at least 0. At 0 this is binary cross-entropy with logits. Each
-            (alpha, gamma) pair compiles its own kernel.
+        gamma: focusing exponent, in [0, 1e6]. At 0 this is binary cross-entropy with logits. Each
+            set of hyperparameters compiles its own kernel.
         reduction: "none", "sum", or "mean": the sum over ``avg_factor``, else over all elements,
             ignored ones included.
         weight: factor per sample, of shape ``inputs.shape[:-1]``, or per element.
@@ -64,18 +63,17 @@ def sigmoid_focal_loss(
             in the message with its value; ``avg_factor`` without "mean"; ``targets``, ``weight`` or
             ``avg_factor`` that require a gradient, for they are constants of the loss.
 
-    The arithmetic is fp32 (fp64 for fp64). An infinite or NaN logit, or a dense target outside
-    [0, 1], spoils its own loss and gradient, no others; under ``ignore_index`` not even that.
-    Bitwise deterministic. Nothing is synchronised with the host. Differentiating twice raises.
+    The arithmetic is fp32 (fp64 for fp64). An infinite or NaN logit spoils its own loss
+    and gradient, no others; under ``ignore_index`` not even that. Bitwise deterministic. Nothing is
+    synchronised with the host. Differentiating twice raises.
     """
     _check(inputs, targets, weight)
     if alpha is not None and alpha != -1:
         _checks.number("alpha", alpha, 0, 1, "in [0, 1], or -1 or None for no alpha")
-    _checks.number("gamma", gamma, 0, float("inf"), "at least 0 and finite")
+    _checks.number("gamma", gamma, 0, 1e6, "in [0, 1e6]")
     _checks.number("label_smoothing", label_smoothing, 0, 1 - 2**-53, "in [0, 1)")
     _checks.choice("reduction", reduction, ("none", "mean", "sum"))
-    if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
-        raise TypeError(f"ignore_index must be a 64-bit integer, got {ignore_index!r}")
+    _checks.integer("ignore_index", ignore_index, -(2**63), 2**63 - 1, "a 64-bit integer")
     _check_avg_factor(avg_factor, inputs, reduction)
 
     loss: Tensor = _SigmoidFocal.apply(  # type: ignore[no-untyped-call]
@@ -84,7 +82,7 @@ def sigmoid_focal_loss(
         weight,
         None if alpha is None or alpha == -1 else float(alpha),
         float(gamma),
-        ignore_index,
+        int(ignore_index),
         float(label_smoothing),
         reduction != "none",
     )
@@ -101,7 +99,7 @@ def _check(inputs: Tensor, targets: Tensor, weight: Tensor | None) -> None:
     _checks.tensor("targets", targets)
     _checks.same_device("targets", targets, "inputs", inputs)
     shape, rows = tuple(inputs.shape), tuple(inputs.shape[:-1])
-    if targets.dtype in _INTEGERS:
+    if targets.dtype in _checks.INTEGERS:
         if not shape or tuple(targets.shape) != rows:
             raise ValueError(
                 f"integer targets are labels and must have the shape of inputs without its last "
@@ -109,7 +107,7 @@ def _check(inputs: Tensor, targets: Tensor, weight: Tensor | None) -> None:
                 f"{shape} pass bool or floating point"
             )
     else:
-        _checks.dtype("targets", targets, (*_INTEGERS, torch.bool, *_checks.FLOATS))
+        _checks.dtype("targets", targets, (*_checks.INTEGERS, torch.bool, *_checks.FLOATS))
         if tuple(targets.shape) != shape:
             raise ValueError(
                 f"dense targets must have the shape of inputs, {shape}, got {tuple(targets.shape)}"
@@ -121,7 +119,7 @@ def _check(inputs: Tensor, targets: Tensor, weight: Tensor | None) -> None:
         if tuple(weight.shape) not in (shape, rows):
             raise ValueError(f"weight must have shape {rows} or {shape}, got {tuple(weight.shape)}")
     for name, constant in (("targets", targets), ("weight", weight)):
-        if constant is not None and constant.requires_grad:
+        if constant is not None and constant.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} must not require a gradient (it gets none): detach it")
 
 
@@ -133,10 +131,11 @@ def _check_avg_factor(avg_factor: float | Tensor | None, inputs: Tensor, reducti
     if not isinstance(avg_factor, Tensor):
         _checks.number("avg_factor", avg_factor, 2**-1074, float("inf"), "above 0 and finite")
         return
+    _checks.dtype("avg_factor", avg_factor, (*_checks.INTEGERS, *_checks.FLOATS))
     _checks.same_device("avg_factor", avg_factor, "inputs", inputs)
     if avg_factor.numel() != 1:
         raise ValueError(f"avg_factor must have one element, got shape {tuple(avg_factor.shape)}")
-    if avg_factor.requires_grad:
+    if avg_factor.requires_grad and torch.is_grad_enabled():
         raise ValueError("avg_factor must not require a gradient (it gets none): detach it")
 
 
@@ -192,7 +191,7 @@ def _settings(
         "GAMMA": gamma,
         "IGNORE_INDEX": ignore_index,
         "SMOOTHING": label_smoothing,
-        "TARGETS": (PER_ROW if targets.dtype in _INTEGERS else PER_ELEMENT).value,
+        "TARGETS": (PER_ROW if targets.dtype in _checks.INTEGERS else PER_ELEMENT).value,
         "WEIGHTS": weights.value,
         "BLOCK": BLOCK[_dispatch.compute_dtype(inputs.dtype)],
         "num_warps": NUM_WARPS,
@@ -303,7 +302,7 @@ def _reference_bwd(
     ignore_index: int,
     label_smoothing: float,
 ) -> Tensor:
-    dx = reference.sigmoid_focal_loss_grad(
+    derivative = reference.sigmoid_focal_loss_grad(
         _dispatch.to_numpy(inputs),
         _dispatch.to_numpy(targets),
         alpha,
@@ -312,7 +311,9 @@ def _reference_bwd(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
     )
-    return (_dispatch.from_numpy(dx, torch.float64) * grad).to(inputs.dtype)
+    dx = _dispatch.from_numpy(derivative, torch.float64)
+    # No gradient stays none, whatever comes from above: 0 times infinity would not.
+    return torch.where(dx == 0, dx, dx * grad).to(inputs.dtype)
 
 
 _fwd = _dispatch.register(

@@ -34,7 +34,7 @@ def box_iou(
     r"""Intersection over union of every box of one set with every box of another.
 
     ``torchvision.ops.box_iou`` with a batch dimension, the legacy pixel convention, and a fused
-    backward that never stores more than the gradient.
+    backward that builds no further [..., N, M].
 
     Args:
         boxes1: [N, 4] or [..., N, 4] boxes (x1, y1, x2, y2), fp16, bf16, fp32 or fp64.

@@ -41,7 +41,8 @@ def nms(
         iou_threshold: in [0, 1], rounded to fp32. A box is dropped when its IoU with a kept box is
             strictly greater.
         offset: 1 adds 1 to every width and height (inclusive pixel coordinates).
-        score_threshold: only boxes with a strictly greater score take part.
+        score_threshold: only boxes with a strictly greater score take part; rounded to fp32 unless
+            the scores are fp64.
         max_output: at most so many indices are returned, the best ones.
 
     Returns:
@@ -114,8 +115,12 @@ def _checked(
     if score_threshold is not None:
         _checks.number("score_threshold", score_threshold, -float("inf"), float("inf"), "finite")
         score_threshold = float(score_threshold)
-    if max_output is not None and (type(max_output) is not int or max_output < 0):
-        raise ValueError(f"max_output must be None or an integer of at least 0, got {max_output!r}")
+        if scores.dtype != torch.float64:
+            largest = np.finfo(np.float32).max
+            score_threshold = float(np.float32(np.clip(score_threshold, -largest, largest)))
+    if max_output is not None:
+        _checks.integer("max_output", max_output, 0, 2**63 - 1, "None or an integer of at least 0")
+        max_output = int(max_output) if isinstance(max_output, np.integer) else max_output
     indices: Tensor = _nms(
         boxes.detach(),
         scores.detach(),
@@ -140,8 +145,11 @@ def _launch(
     n = boxes.shape[0]
     if n == 0:
         return boxes.new_empty(0, dtype=torch.int64)
-    # Negated, so that a stable ascending sort puts the best first and NaN last; 0 - x has no -0.0.
-    negated, order = torch.sort(0 - scores.to(_dispatch.compute_dtype(scores.dtype)), stable=True)
+    scores = scores.to(_dispatch.compute_dtype(scores.dtype))
+    # Negated, so that a stable ascending sort puts the best first and NaN last, whose sign a radix
+    # sort would heed; 0 - x has no -0.0.
+    key = torch.where(scores == scores, 0 - scores, float("nan"))
+    negated, order = torch.sort(key, stable=True)
     if score_threshold is None:
         keep = torch.ones_like(order, dtype=torch.bool)
     else:
@@ -242,7 +250,7 @@ def _fake(boxes: Tensor, *_: object) -> Tensor:
 
 _nms = _dispatch.register(
     "nms(Tensor boxes, Tensor scores, Tensor? idxs, float iou_threshold, int offset, "
-    "float? score_threshold, int? max_output) -> Tensor",
+    "float? score_threshold, SymInt? max_output) -> Tensor",
     _launch,
     _reference,
     _fake,

@@ -65,24 +65,22 @@ def box_area(x1, y1, x2, y2, OFFSET: tl.constexpr):
 
 
 @triton.jit
-def _min_max(a, b):
-    """min and max that keep a NaN, as numpy's and torch's do; the default drops it."""
-    lo = tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-    return lo, tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+def nan_min(a, b):
+    """min that keeps a NaN, as numpy's and torch's do; the default drops it."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def nan_max(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def box_overlap(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, OFFSET: tl.constexpr):
     """Signed width and height of the intersection; negative where the boxes are apart."""
-    w = _min_max(ax2, bx2)[0] - _min_max(ax1, bx1)[1]
-    h = _min_max(ay2, by2)[0] - _min_max(ay1, by1)[1]
+    w = nan_min(ax2, bx2) - nan_max(ax1, bx1)
+    h = nan_min(ay2, by2) - nan_max(ay1, by1)
     if OFFSET == 0:
         return w, h
     else:
         return w + OFFSET, h + OFFSET
-
-
-@triton.jit
-def clamp_to_0(x):
-    """max(x, 0), NaN kept."""
-    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)

@@ -19,7 +19,7 @@ Instructions per element on sm_90, bf16, integer labels: 108 forward, 127 backwa
 import triton
 import triton.language as tl
 
-from ._math import guarded_ratio, power, sigmoid_pair
+from ._math import guarded_ratio, nan_max, nan_min, power, sigmoid_pair
 
 # How the targets and the weights are laid out: one per element, or one per row of classes.
 NONE = tl.constexpr(0)
@@ -53,6 +53,8 @@ def _target_and_weight(
         counts = mask & (label != IGNORE_INDEX)
     else:
         t = tl.load(target_ptr + base + local, mask=mask, other=0).to(ACC)
+        # Averaged soft labels leave [0, 1] by a rounding, where u could turn negative.
+        t = nan_min(nan_max(t, 0.0), 1.0)
     if SMOOTHING != 0:
         t = t * (1 - SMOOTHING) + 0.5 * SMOOTHING
     if WEIGHTS == PER_ROW:

@@ -22,7 +22,7 @@ Instructions per pair on sm_90, fp32: about 37, most of them the division.
 import triton
 import triton.language as tl
 
-from ._math import box_area, box_overlap, clamp_to_0, div_rn
+from ._math import box_area, box_overlap, div_rn, nan_max
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _suppresses(j, i, threshold, OFFSET: tl.constexpr, HAS_IDS: tl.constexpr):
         jx1[:, None], jy1[:, None], jx2[:, None], jy2[:, None],
         ix1[None, :], iy1[None, :], ix2[None, :], iy2[None, :], OFFSET,
     )  # fmt: skip
-    inter = clamp_to_0(w) * clamp_to_0(h)
+    inter = nan_max(w, 0.0) * nan_max(h, 0.0)
     hit = div_rn(inter, j_area[:, None] + i_area[None, :] - inter) > threshold
     if HAS_IDS:
         hit = hit & (j_id[:, None] == i_id[None, :])
@@ -133,10 +133,13 @@ def nms_resolve_kernel(
         bits = tl.load(mask_ptr + at, mask=(word * 32 < size)[:, None], other=0)
         keep = alive
         changed = 1
-        while changed > 0:
+        rounds = 0
+        # A bound that sound bits never reach, so that no memory fault can hang the GPU.
+        while (changed > 0) & (rounds <= BLOCK):
             after = tl.where(_struck(bits, _pack(keep, BLOCK)) == 0, alive, 0)
             changed = tl.max(after ^ keep, axis=0)
             keep = after
+            rounds += 1
         tl.store(keep_ptr + begin + i, keep.to(tl.int8), mask=i < size)
         tl.store(kept_ptr + word, _pack(keep, BLOCK), mask=word * 32 < size)
         # The next block reads kept_ptr, written here by other threads of this program.

@@ -13,7 +13,7 @@ Array = npt.NDArray[Any]
 def _dense_targets(targets: Array, shape: tuple[int, ...]) -> tuple[Array, Array | None]:
     """Targets of ``shape`` in [0, 1], and the labels if there were labels."""
     if targets.shape == shape:
-        return targets.astype(np.float64), None
+        return np.clip(targets.astype(np.float64), 0, 1), None
     return (targets[..., None] == np.arange(shape[-1])).astype(np.float64), targets
 
 
@@ -38,7 +38,7 @@ def _terms(
         x = np.where(ignored, 0, x)
     t = t * (1 - label_smoothing) + label_smoothing / 2
     if alpha is not None:
-        factor *= np.where(t == 0, 1 - alpha, alpha * t + (1 - alpha) * (1 - t))
+        factor *= alpha * t + (1 - alpha) * (1 - t)
     log_p, log_q = -np.logaddexp(0, -x), -np.logaddexp(0, x)
     log_u = np.logaddexp(log_p + np.log1p(-t), log_q + np.log(t))
     return log_p, log_q, log_u, t, -(t * log_p + (1 - t) * log_q), factor

@@ -28,7 +28,7 @@ def box_iou(boxes1: Array, boxes2: Array, *, offset: int = 0, mode: str = "iou")
     with np.errstate(**_IGNORE):
         boxes1, boxes2 = boxes1.astype(np.float64), boxes2.astype(np.float64)
         _, inter = _intersection(boxes1, boxes2, offset)
-        below = _areas(boxes1, offset)[..., :, None]
+        below = _areas(boxes1, offset)[..., :, None] + 0 * inter
         if mode == "iou":
             below = below + _areas(boxes2, offset)[..., None, :] - inter
         return np.where(below == 0, 0.0, inter / below)

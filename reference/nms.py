@@ -1,7 +1,7 @@
 """Greedy non-maximum suppression, class by class, in the arithmetic of the boxes.
 
-float64 boxes are compared in float64, all others in float32: the outcome of a comparison with the
-threshold belongs to the meaning of the op, so it is computed here exactly as on a GPU.
+float64 is compared in float64, all else in float32: the outcome of a comparison with a threshold
+belongs to the meaning of the op, so it is computed here exactly as on a GPU.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def nms(
 ) -> Array:
     """Indices of the kept boxes, best first, int64 [K]; arguments as in ``dlops_triton.nms``."""
     boxes = boxes.astype(np.float64 if boxes.dtype == np.float64 else np.float32)
+    scores = scores.astype(np.float64 if scores.dtype == np.float64 else np.float32)
     # Negated, so that a stable ascending sort puts the best first and NaN last.
     order = np.argsort(0 - scores, kind="stable")
     if score_threshold is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, Literal
 
 import numpy as np
@@ -9,13 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dlops_triton import box_iou
 from dlops_triton.reference import iou as reference
 from tests import peers
+from tests.arrays import numpy
 from tests.tolerances import assert_close
+from tests.tools.host_cost import host_cost
 from tests.tools.interpreter import shuffled
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -31,10 +33,6 @@ def boxes(rng: np.random.Generator, *shape: int, size: float = 60) -> Tensor:
     return torch.from_numpy(
         np.concatenate([corner, corner + rng.integers(0, int(size), (*shape, 2))], -1)
     ).double()
-
-
-def numpy(t: Tensor) -> NDArray[Any]:
-    return t.detach().cpu().double().numpy()
 
 
 def textbook(a: Tensor, b: Tensor, offset: int, mode: str) -> Tensor:
@@ -139,6 +137,22 @@ def test_batched_and_offset(
         assert_close(x.grad, y, scale=1)
 
 
+@pytest.mark.parametrize("programs", [1, 6])
+def test_gradients_over_several_blocks_and_splits(
+    programs: int, kernel: torch.device, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("dlops_triton.iou")
+    monkeypatch.setattr(module, "BWD_PROGRAMS", programs)
+    a = boxes(rng, 20).to(kernel).requires_grad_()
+    b = boxes(rng, 150).to(kernel).requires_grad_()
+    g = torch.from_numpy(rng.normal(size=(20, 150))).to(kernel)
+    box_iou(a, b).backward(g)
+    want = reference.box_iou_grad(numpy(a), numpy(b), numpy(g))
+    for x, y in zip((a, b), want, strict=True):
+        assert x.grad is not None
+        assert_close(x.grad, y, scale=1)
+
+
 def test_fp32_is_ieee_arithmetic(kernel: torch.device, rng: np.random.Generator) -> None:
     """Bit for bit what numpy gives in fp32: what thresholds are compared with."""
     a = (rng.random((70, 4)) * 100).astype(np.float32)
@@ -191,6 +205,12 @@ def test_bad_boxes_stay_among_themselves(device: torch.device) -> None:
     assert a.grad[2].tolist() == [0, 0, 0, 0]
 
 
+def test_iof_of_a_point_in_a_bad_box(device: torch.device) -> None:
+    point = torch.tensor([[1.0, 1, 1, 1]], device=device)
+    bad = torch.tensor([[float("nan"), 0, 2, 2]], device=device)
+    assert bool(box_iou(point, bad, mode="iof").isnan())
+
+
 def test_touching_and_degenerate(device: torch.device) -> None:
     a = torch.tensor([[0.0, 0, 4, 4], [4, 0, 8, 4], [0, 0, 0, 4]], device=device)
     want = [[1.0, 0, 0], [0, 1, 0], [0, 0, 0]]
@@ -215,7 +235,10 @@ def test_gradcheck(mode: Mode, device: torch.device, rng: np.random.Generator) -
 def test_only_the_needed_gradients(device: torch.device, rng: np.random.Generator) -> None:
     a, b = (boxes(rng, n).float().to(device) for n in (6, 7))
     b.requires_grad_()
-    (grad,) = torch.autograd.grad(box_iou(a, b).sum(), b)
+    total = box_iou(a, b).sum()
+    with host_cost() as cost:
+        (grad,) = torch.autograd.grad(total, b)
+    assert len(cost.launches) <= 1
     both = [x.detach().requires_grad_() for x in (a, b)]
     assert torch.equal(grad, torch.autograd.grad(box_iou(*both).sum(), both)[1])
 

@@ -281,6 +281,32 @@ def test_stable_ties_signed_zeros_and_nan_last(device: torch.device) -> None:
     assert nms(boxes, scores, 0.5, score_threshold=-1).tolist() == [5, 0, 2, 4]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_score_threshold_is_compared_in_fp32(dtype: torch.dtype, device: torch.device) -> None:
+    boxes = torch.tensor([[0.0, 0, 1, 1], [5, 5, 6, 6]], device=device)
+    scores = torch.tensor([0.3, 0.2], dtype=dtype, device=device)
+    want = [0] if float(scores[0]) > 0.3 else []
+    assert nms(boxes, scores, 0.5, score_threshold=0.3).tolist() == want
+    assert nms(boxes, scores, 0.5, score_threshold=1e300).tolist() == []
+
+
+def test_nan_scores_of_either_sign_sort_last(device: torch.device) -> None:
+    n = 5000
+    boxes = torch.arange(n, device=device)[:, None] * 10.0 + torch.tensor(
+        [0.0, 0, 5, 5], device=device
+    )
+    scores = torch.linspace(1, -1, n, dtype=torch.float64)
+    scores[::10] = math.nan
+    scores[5::10] = -math.nan
+    scores[5::10] = scores[5::10].copysign(torch.tensor(-1.0))
+    bad = scores.isnan().nonzero()[:, 0].tolist()
+    for dtype in (torch.float32, torch.float64):
+        kept = nms(boxes[:40], scores[:40].to(dtype).to(device), 0.5).tolist()
+        assert kept[-8:] == [i for i in bad if i < 40]
+    if device.type == "cuda":
+        assert nms(boxes, scores.to(device), 0.5).tolist()[-len(bad) :] == bad
+
+
 def test_empty_and_strided(device: torch.device) -> None:
     empty = nms(torch.zeros(0, 4, device=device), torch.zeros(0, device=device), 0.5)
     assert (empty.shape, empty.dtype, empty.device.type) == ((0,), torch.int64, device.type)
@@ -340,8 +366,10 @@ def box(**change: Any) -> dict[str, Any]:
         (box(iou_threshold="0.5"), TypeError, "iou_threshold must be a number .*got str"),
         (box(offset=2), ValueError, "offset must be one of 0, 1, got 2"),
         (box(score_threshold=math.inf), ValueError, "score_threshold must be finite, got inf"),
+        (box(offset=torch.tensor(1)), ValueError, "offset must be one of 0, 1, got tensor"),
+        (box(max_output=2**70), ValueError, "max_output must be None or .*got 11805916"),
         (box(max_output=-1), ValueError, "max_output must be None or .*got -1"),
-        (box(max_output=2.5), ValueError, "max_output must be None or .*got 2.5"),
+        (box(max_output=2.5), TypeError, "max_output must be None or .*got 2.5"),
     ],
 )
 def test_rejected(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
