@@ -266,9 +266,22 @@ def test_iou_equal_to_the_threshold_is_kept(device: torch.device) -> None:
     scores = torch.tensor([1.0, 0.5], device=device)
     assert nms(boxes, scores, 0.5).tolist() == [0, 1]
     assert nms(boxes, scores, 0.49999997).tolist() == [0]
-    # fp32(0.1), for the boxes' IoU is that: torchvision's CPU kernel compares with the double.
-    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 1]], device=device)
-    assert nms(boxes, scores, 0.1).tolist() == [0, 1]
+    # The threshold is rounded to fp32, up for 0.1 and down for 0.7; the IoU only for fp32 boxes.
+    for threshold, height, of_fp32, of_fp64 in (
+        (0.1, 1.0, [0, 1], [0, 1]),
+        (0.1, 1.000000005, [0, 1], [0, 1]),
+        (0.7, 7.0, [0, 1], [0]),
+    ):
+        boxes = torch.tensor([[0, 0, 10, 10], [0, 0, 10, height]], dtype=torch.float64)
+        boxes = boxes.to(device)
+        assert nms(boxes.float(), scores, threshold).tolist() == of_fp32
+        assert nms(boxes, scores, threshold).tolist() == of_fp64
+
+
+def test_fp64_scores_are_sorted_as_such(device: torch.device) -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10]], device=device).repeat(2, 1)
+    scores = torch.tensor([1, 1 + 1e-12], dtype=torch.float64, device=device)
+    assert nms(boxes, scores, 0.5).tolist() == [1]
 
 
 def test_stable_ties_signed_zeros_and_nan_last(device: torch.device) -> None:
