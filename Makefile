@@ -12,7 +12,7 @@ PYTHON ?= python3
 RUN := PYTHONPATH=. $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 WORKERS ?= auto
 
-.PHONY: demo test lint types wheel check clean
+.PHONY: demo test lint types wheel check clean FORCE
 
 demo: $(if $(VENV),$(VENV)/demo.installed)
 	$(RUN) examples/digits_detector.py $(ARGS)
@@ -33,11 +33,17 @@ wheel: $(if $(VENV),$(VENV)/dev.installed)
 check: test lint types wheel
 	$(MAKE) demo ARGS="--quick --out runs/quick"
 
-$(VENV)/%.installed: pyproject.toml constraints.txt
+$(VENV)/%.installed: pyproject.toml $(VENV)/constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	echo "$(TORCH)" > $(VENV)/constraints.txt
 	$(VENV)/bin/python -m pip install --quiet -c $(VENV)/constraints.txt -e '.[$*,demo]'
 	touch $@
+
+# Written when TORCH changes, so that an environment with another torch is installed anew.
+$(VENV)/constraints.txt: FORCE
+	@mkdir -p $(VENV)
+	@echo "$(TORCH)" | cmp -s - $@ || echo "$(TORCH)" > $@
+
+FORCE:
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info

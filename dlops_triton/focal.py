@@ -199,10 +199,6 @@ def _settings(
     }
 
 
-def _contiguous(weight: Tensor | None) -> Tensor | None:
-    return None if weight is None else weight.contiguous()
-
-
 def _launch_fwd(
     inputs: Tensor,
     targets: Tensor,
