@@ -7,6 +7,7 @@ tensors reach the op's Triton launcher. CPU tensors reach the numpy reference, o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,6 +62,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> N
             kernel[grid](*args, **settings)
     else:
         kernel[grid](*args, **settings)
+
+
+@functools.cache
+def gpu(device: torch.device) -> tuple[str, str]:
+    """A GPU's name and the compiler's target for it, "sm_90" or "gfx942"; empty for the CPU."""
+    if device.type != "cuda":
+        return "", ""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.name, properties.gcnArchName.split(":")[0]
+    return properties.name, f"sm_{properties.major}{properties.minor}"
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -9,12 +9,17 @@ import triton
 from torch import Tensor
 
 from . import _autograd, _checks, _dispatch
+from ._settings import Settings
 from .kernels.focal import NONE, PER_ELEMENT, PER_ROW, focal_bwd_kernel, focal_fwd_kernel
 from .reference import focal as reference
 
-# By dtype of the arithmetic; chosen for what stays in registers, not yet tuned on a GPU.
-BLOCK = {torch.float32: 1024, torch.float64: 512}
-NUM_WARPS = 4
+# The defaults are chosen for what stays in registers.
+FWD = Settings(
+    "focal_fwd", fp32={"BLOCK": 1024, "num_warps": 4}, fp64={"BLOCK": 512, "num_warps": 4}
+)
+BWD = Settings(
+    "focal_bwd", fp32={"BLOCK": 1024, "num_warps": 4}, fp64={"BLOCK": 512, "num_warps": 4}
+)
 
 
 def sigmoid_focal_loss(
@@ -174,7 +179,7 @@ def _alloc_dx(inputs: Tensor) -> Tensor:
     return inputs.new_empty(inputs.shape)
 
 
-def _settings(
+def _constants(
     inputs: Tensor,
     targets: Tensor,
     weight: Tensor | None,
@@ -193,9 +198,6 @@ def _settings(
         "SMOOTHING": label_smoothing,
         "TARGETS": (PER_ROW if targets.dtype in _checks.INTEGERS else PER_ELEMENT).value,
         "WEIGHTS": weights.value,
-        "BLOCK": BLOCK[_dispatch.compute_dtype(inputs.dtype)],
-        "num_warps": NUM_WARPS,
-        "enable_fp_fusion": True,
     }
 
 
@@ -213,7 +215,7 @@ def _launch_fwd(
     loss = _alloc_loss(inputs, reduce)
     if n == 0:
         return loss.zero_()
-    settings = _settings(inputs, targets, weight, alpha, gamma, ignore_index, label_smoothing)
+    settings = FWD.on(inputs)
     programs = triton.cdiv(n, settings["BLOCK"])
     out = loss.new_empty(programs) if reduce else loss
     _dispatch.launch(
@@ -226,6 +228,8 @@ def _launch_fwd(
         n,
         inputs.shape[-1] if inputs.dim() else 1,
         REDUCE=reduce,
+        enable_fp_fusion=True,
+        **_constants(inputs, targets, weight, alpha, gamma, ignore_index, label_smoothing),
         **settings,
     )
     return out.sum() if reduce else loss
@@ -245,7 +249,7 @@ def _launch_bwd(
     dx = _alloc_dx(inputs)
     if n == 0:
         return dx
-    settings = _settings(inputs, targets, weight, alpha, gamma, ignore_index, label_smoothing)
+    settings = BWD.on(inputs)
     # The gradient of a sum arrives as one number, or as one number expanded: read it in place.
     scalar = not any(grad.stride())
     _dispatch.launch(
@@ -259,6 +263,8 @@ def _launch_bwd(
         n,
         inputs.shape[-1] if inputs.dim() else 1,
         SCALAR_GRAD=scalar,
+        enable_fp_fusion=True,
+        **_constants(inputs, targets, weight, alpha, gamma, ignore_index, label_smoothing),
         **settings,
     )
     return dx

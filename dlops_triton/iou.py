@@ -9,19 +9,22 @@ import triton
 from torch import Tensor
 
 from . import _autograd, _checks, _dispatch
+from ._settings import Settings
 from .kernels.iou import box_iou_bwd_kernel, box_iou_fwd_kernel
 from .reference import iou as reference
 
-# By dtype of the arithmetic; chosen for what stays in registers, not yet tuned on a GPU.
-FWD = {
-    torch.float32: {"BLOCK_N": 16, "BLOCK_M": 128, "num_warps": 4},
-    torch.float64: {"BLOCK_N": 8, "BLOCK_M": 128, "num_warps": 4},
-}
-BWD = {
-    torch.float32: {"BLOCK_N": 16, "BLOCK_M": 32, "num_warps": 4},
-    torch.float64: {"BLOCK_N": 8, "BLOCK_M": 32, "num_warps": 4},
-}
-BWD_PROGRAMS = 512  # the backward splits its sums until there are about so many programs
+# The defaults are chosen for what stays in registers.
+FWD = Settings(
+    "iou_fwd",
+    fp32={"BLOCK_N": 16, "BLOCK_M": 128, "num_warps": 4},
+    fp64={"BLOCK_N": 8, "BLOCK_M": 128, "num_warps": 4},
+)
+# The backward splits its sums until there are about so many programs.
+BWD = Settings(
+    "iou_bwd",
+    fp32={"BLOCK_N": 16, "BLOCK_M": 32, "num_warps": 4, "programs": 512},
+    fp64={"BLOCK_N": 8, "BLOCK_M": 32, "num_warps": 4, "programs": 512},
+)
 
 
 def box_iou(
@@ -108,7 +111,7 @@ def _launch_fwd(boxes1: Tensor, boxes2: Tensor, offset: int, iof: bool) -> Tenso
     if iou.numel() == 0:
         return iou
     n, m = iou.shape[-2:]
-    settings = FWD[_dispatch.compute_dtype(iou.dtype)]
+    settings = FWD.on(boxes1)
     tiles = triton.cdiv(n, settings["BLOCK_N"]) * triton.cdiv(m, settings["BLOCK_M"])
     _dispatch.launch(
         box_iou_fwd_kernel,
@@ -132,13 +135,14 @@ def _launch_bwd(
     n, m = grad.shape[-2:]
     if grad.numel() == 0:
         return _alloc_grad(grad, own, other, offset, iof, own_is_first).zero_()
-    dtype = _dispatch.compute_dtype(own.dtype)
-    settings = BWD[dtype]
+    settings = dict(BWD.on(own))
+    wanted = settings.pop("programs")
     grad = grad.reshape(-1, n, m)
     programs = grad.shape[0] * triton.cdiv(n, settings["BLOCK_N"])
     blocks = triton.cdiv(m, settings["BLOCK_M"])
-    per_split = triton.cdiv(blocks, min(blocks, triton.cdiv(BWD_PROGRAMS, programs)))
+    per_split = triton.cdiv(blocks, min(blocks, triton.cdiv(wanted, programs)))
     splits = triton.cdiv(blocks, per_split)
+    dtype = _dispatch.compute_dtype(own.dtype)
     partial = own.new_empty((splits, *own.shape), dtype=dtype)
     _dispatch.launch(
         box_iou_bwd_kernel,

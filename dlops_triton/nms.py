@@ -8,18 +8,21 @@ import triton
 from torch import Tensor
 
 from . import _checks, _dispatch
+from ._settings import Settings
 from .kernels.nms import nms_mask_kernel, nms_resolve_kernel, nms_suppress_kernel
 from .reference import nms as reference
 
-# Predicted, not yet tuned on a GPU. A band's bitmask takes BAND^2 / 8 bytes, here 32 MiB.
+# A band's bitmask takes BAND^2 / 8 bytes, here 32 MiB. BAND is a multiple of every BLOCK.
 BAND = 16384
-BLOCK = 512  # boxes that one program decides at a time; a divisor of BAND
-MASK = {"BLOCK": BLOCK, "ROWS": 4, "num_warps": 4}
-RESOLVE = {"BLOCK": BLOCK, "WORDS": 16, "num_warps": 8}
-SUPPRESS = {  # by dtype of the arithmetic, for what stays in registers
-    torch.float32: {"BLOCK": BLOCK, "ROWS": 4, "WORDS": 64, "num_warps": 4},
-    torch.float64: {"BLOCK": 256, "ROWS": 4, "WORDS": 64, "num_warps": 4},
-}
+# The defaults are predicted. BLOCK is how many boxes one program decides at a time; the resolver
+# walks the bitmask in the blocks that it was written in.
+MASK = Settings("nms_mask", fp32={"BLOCK": 512, "ROWS": 4, "num_warps": 4})
+RESOLVE = Settings("nms_resolve", fp32={"WORDS": 16, "num_warps": 8})
+SUPPRESS = Settings(
+    "nms_suppress",
+    fp32={"BLOCK": 512, "ROWS": 4, "WORDS": 64, "num_warps": 4},
+    fp64={"BLOCK": 256, "ROWS": 4, "WORDS": 64, "num_warps": 4},
+)
 
 
 def nms(
@@ -164,10 +167,11 @@ def _suppress(
 ) -> None:
     """Clear in ``keep`` (int8 [N]) the boxes that fall. Boxes, best first, and ids contiguous."""
     n = boxes.shape[0]
-    suppress = SUPPRESS[_dispatch.compute_dtype(boxes.dtype)]
+    masking, resolving = MASK.on(boxes), RESOLVE.on(boxes)
+    block = masking["BLOCK"]
     size = min(n, BAND)
     words = triton.cdiv(size, 32)
-    stride = triton.cdiv(size, BLOCK) * BLOCK
+    stride = triton.cdiv(size, block) * block
     mask = boxes.new_empty((words, stride), dtype=torch.int32)
     kept = boxes.new_empty(words, dtype=torch.int32)
     for start in range(0, n, BAND):
@@ -176,7 +180,7 @@ def _suppress(
         words = triton.cdiv(size, 32)
         _dispatch.launch(
             nms_mask_kernel,
-            (triton.cdiv(size, MASK["BLOCK"]), words),
+            (triton.cdiv(size, block), words),
             boxes,
             ids,
             mask,
@@ -186,7 +190,7 @@ def _suppress(
             iou_threshold,
             OFFSET=offset,
             enable_fp_fusion=False,
-            **MASK,
+            **masking,
         )
         _dispatch.launch(
             nms_resolve_kernel,
@@ -197,13 +201,15 @@ def _suppress(
             start,
             size,
             stride,
+            BLOCK=block,
             enable_fp_fusion=False,
-            **RESOLVE,
+            **resolving,
         )
         if end < n:
+            suppressing = SUPPRESS.on(boxes)
             grid = (
-                triton.cdiv(n - end, suppress["BLOCK"]),
-                triton.cdiv(words, suppress["WORDS"]),
+                triton.cdiv(n - end, suppressing["BLOCK"]),
+                triton.cdiv(words, suppressing["WORDS"]),
             )
             _dispatch.launch(
                 nms_suppress_kernel,
@@ -218,7 +224,7 @@ def _suppress(
                 iou_threshold,
                 OFFSET=offset,
                 enable_fp_fusion=False,
-                **suppress,
+                **suppressing,
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dlops_triton import box_iou
+from dlops_triton import _settings, box_iou
 from dlops_triton.reference import iou as reference
 from tests import peers
 from tests.arrays import numpy
@@ -139,14 +138,14 @@ def test_batched_and_offset(
 
 @pytest.mark.parametrize("programs", [1, 6])
 def test_gradients_over_several_blocks_and_splits(
-    programs: int, kernel: torch.device, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    programs: int, kernel: torch.device, rng: np.random.Generator
 ) -> None:
-    module = importlib.import_module("dlops_triton.iou")
-    monkeypatch.setattr(module, "BWD_PROGRAMS", programs)
     a = boxes(rng, 20).to(kernel).requires_grad_()
     b = boxes(rng, 150).to(kernel).requires_grad_()
     g = torch.from_numpy(rng.normal(size=(20, 150))).to(kernel)
-    box_iou(a, b).backward(g)
+    with _settings.override("iou_bwd", programs=programs) as used:
+        box_iou(a, b).backward(g)
+    assert used.launches == 2
     want = reference.box_iou_grad(numpy(a), numpy(b), numpy(g))
     for x, y in zip((a, b), want, strict=True):
         assert x.grad is not None

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dlops_triton import _dispatch, batched_nms, nms
+from dlops_triton import _dispatch, _settings, batched_nms, nms
 from dlops_triton.reference import nms as reference
 from tests import peers
 from tests.tools.interpreter import shuffled
@@ -105,36 +105,36 @@ def run(device: torch.device, *arrays: Any, **options: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_random_sets(chunk: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_sets(chunk: int, device: torch.device) -> None:
     """2,000 sets, up to 3,000 boxes; smaller where the kernels are interpreted."""
     interpreted = device.type == "cpu" and _dispatch.cpu_implementation == "kernel"
-    if interpreted:
-        monkeypatch.setitem(module.MASK, "ROWS", 32)  # fewer, larger steps: the interpreter's pace
-    for seed in range(chunk, SETS, CHUNKS):
-        problem = random_set(seed, 150 if interpreted else 3000)
-        assert run(device, *problem) == greedy(*problem), f"seed {seed}"
+    # Fewer, larger steps: the interpreter's pace.
+    rows = {"ROWS": 32} if interpreted else {}
+    with _settings.override("nms_mask", **rows):
+        for seed in range(chunk, SETS, CHUNKS):
+            problem = random_set(seed, 150 if interpreted else 3000)
+            assert run(device, *problem) == greedy(*problem), f"seed {seed}"
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_blocks_and_bands(seed: int, kernel: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small blocks, so that boxes suppress one another across words, blocks and bands."""
-    for name, table in (
-        ("BAND", 128),
-        ("BLOCK", 64),
-        ("MASK", {"BLOCK": 64, "ROWS": 16, "num_warps": 2}),
-        ("RESOLVE", {"BLOCK": 64, "WORDS": 2, "num_warps": 2}),
-        ("SUPPRESS", {torch.float32: {"BLOCK": 32, "ROWS": 16, "WORDS": 2, "num_warps": 1}}),
-    ):
-        monkeypatch.setattr(module, name, table)
+    monkeypatch.setattr(module, "BAND", 128)
     rng = np.random.default_rng(seed)
     n = [64, 65, 127, 128, 129, 192, 256, 257, 300, 383, 385, 400][seed]
     corner = rng.uniform(0, [20, 200, 2000][seed % 3], (n, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(5, 40, (n, 2))], 1).astype(np.float32)
     problem = boxes, rng.random(n).astype(np.float32), rng.integers(0, 1 + seed % 2 * 3, n), 0.4
-    assert run(kernel, *problem) == greedy(*problem)
-    if kernel.type == "cpu":
-        with shuffled(seed):
-            assert run(kernel, *problem) == greedy(*problem)
+    with (
+        _settings.override("nms_mask", BLOCK=64, ROWS=16, num_warps=2),
+        _settings.override("nms_resolve", WORDS=2, num_warps=2),
+        _settings.override("nms_suppress", BLOCK=32, ROWS=16, WORDS=2, num_warps=1) as suppress,
+    ):
+        assert run(kernel, *problem) == greedy(*problem)
+        if kernel.type == "cpu":
+            with shuffled(seed):
+                assert run(kernel, *problem) == greedy(*problem)
+    assert (suppress.launches > 0) == (n > 128)
 
 
 def test_a_chain_falls_alternately(kernel: torch.device) -> None:

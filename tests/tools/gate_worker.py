@@ -64,6 +64,7 @@ class _Gate:
         cases = list(cases)
         _dispatch.launch = self._launch
         _dispatch.cpu_implementation = "kernel"
+        _dispatch.gpu = lambda device: ("", self._target)  # which has its own launch settings
         triton.knobs.runtime.jit_cache_hook = self._start
         for self._target in targets:
             driver.set_active(_Offline(self._target))
