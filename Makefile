@@ -1,10 +1,13 @@
 # make demo    train a digit detector with the library's ops, and see what it finds
 # make test    the whole test suite
 # make check   what CI runs: tests, linters, types, the wheel, the demo's quick form
+# make gpu-check   all that a GPU can say, in nine minutes: tests, compute-sanitizer, figures
 #
 # VENV=        use the present environment, install nothing (no network needed)
 # TORCH=...    another torch, e.g. TORCH=torch==2.11.0
-# ARGS=...     further arguments to the demo or to pytest
+# ARGS=...     further arguments to the demo, to pytest or to the GPU check
+# OUT=...      folder for what the GPU check leaves (perf/out)
+# COMMIT=...   what the GPU check records as the commit, in a copy without git
 
 VENV ?= .venv
 TORCH ?= $(shell cat constraints.txt)
@@ -12,7 +15,7 @@ PYTHON ?= python3
 RUN := PYTHONPATH=. $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 WORKERS ?= auto
 
-.PHONY: demo test lint types wheel check clean FORCE
+.PHONY: demo test lint types wheel check gpu-check clean FORCE
 
 demo: $(if $(VENV),$(VENV)/demo.installed)
 	$(RUN) examples/digits_detector.py $(ARGS)
@@ -32,6 +35,10 @@ wheel: $(if $(VENV),$(VENV)/dev.installed)
 
 check: test lint types wheel
 	$(MAKE) demo ARGS="--quick --out runs/quick"
+
+# OUT and COMMIT reach it as environment variables.
+gpu-check: $(if $(VENV),$(VENV)/test.installed)
+	$(RUN) -m dlops_triton.perf.gpu_check $(ARGS)
 
 $(VENV)/%.installed: pyproject.toml $(VENV)/constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

@@ -1,166 +1,177 @@
-"""``python -m dlops_triton.perf run`` and ``plot``: measure, or say what is known without a GPU."""
+"""Measure the ops, their peers and the GPU itself, or say what is known without one."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from . import OPS, machine, roofline, rows, static, timing
-from .bench import DTYPES, Bench, Case, load
-from .rows import Row
+from . import OPS, candidates, compare, machine, report, roofline, rows, static, tune
+from . import run as run_
+from .bench import DTYPES, SETS, Bench, jobs, load
+from .gpus import GPUS
 
-Job = tuple[Bench, Case, str, str]  # dtype, mode
+_NO_GPU = "No GPU found."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    return options.command(options)
+    unknown = set(getattr(options, "ops", ())) - set(OPS)
+    if unknown:
+        print(f"no such op: {', '.join(sorted(unknown))}; there are {', '.join(OPS)}")
+        return 2
+    status: int = options.command(options)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dlops_triton.perf", description=__doc__)
-    commands = parser.add_subparsers(required=True)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="time the ops and their peers, where there is a GPU")
+    run = commands.add_parser("run", help="time the ops and their peers; without a GPU: predict")
     run.set_defaults(command=_run)
-    run.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; default: all")
+    _add_ops(run)
+    run.add_argument(
+        "--cases", default="real", choices=SETS, help="those of real networks (default), the small "
+        "ones that launches decide, or all, with the sweeps",
+    )  # fmt: skip
     run.add_argument("--dtype", action="append", choices=DTYPES, help="only these; may be repeated")
-    run.add_argument("--budget", type=float, metavar="SECONDS", help="start no case after so long")
+    run.add_argument("--budget", type=float, metavar="SECONDS", help="end after so long")
     run.add_argument(
-        "--out", type=Path, help="append the rows here, not to perf/results or perf/out"
+        "--resume", action="store_true", help="leave out what the file has, by this commit"
     )
-    run.add_argument("--commit", help="what to record as the commit, in a copy without git")
     run.add_argument(
-        "--target", default="sm_90", help="without a GPU: the one to compile for (default: sm_90)"
+        "--base", metavar="GITREF", help="compare with another commit, taking turns on the GPU"
+    )
+    _add_out(run, "append the rows here, not to perf/results (without a GPU: perf/out)")
+    run.add_argument("--gpu", action="append", choices=(*GPUS, "all"), help=_GPU_HELP)
+
+    plot = commands.add_parser("plot", help="draw the pictures from result files")
+    plot.set_defaults(command=_plot)
+    _add_files(plot)
+    plot.add_argument("--format", default="svg", choices=("svg", "png"))
+    plot.add_argument("--theme", default="light", choices=("light", "dark"), help="of a PNG")
+
+    report_ = commands.add_parser("report", help="write report.html and report.md")
+    report_.set_defaults(command=_report)
+    _add_files(report_)
+    report_.add_argument(
+        "--readme", type=Path, metavar="FILE", help="also put the table into this Markdown file"
     )
 
-    plot = commands.add_parser("plot", help="draw rooflines from result files")
-    plot.set_defaults(command=_plot)
-    plot.add_argument(
-        "files", nargs="*", type=Path, help="default: perf/results/*.jsonl, else perf/out/*.jsonl"
-    )
-    plot.add_argument("--out", type=Path, default=rows.OUT, help="folder (default: perf/out)")
-    plot.add_argument("--format", default="png", choices=("png", "svg"))
+    tune_ = commands.add_parser("tune", help="search the launch settings for the GPU at hand")
+    tune_.set_defaults(command=_tune)
+    _add_ops(tune_)
+    tune_.add_argument("--budget", type=float, default=600.0, metavar="SECONDS")
+    tune_.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="for table and evidence, which the library "
+        "then does not read (default: dlops_triton/tuned and perf/results)",
+    )  # fmt: skip
+    tune_.add_argument("--commit", help=_COMMIT_HELP)
+    tune_.add_argument("--gpu", action="append", choices=(*GPUS, "all"), help=_GPU_HELP)
+
+    probe = commands.add_parser("probe", help="measure the roofs of the GPU at hand")
+    probe.set_defaults(command=_probe)
+    _add_out(probe, "append the row here, not to perf/results")
     return parser
 
 
-def _run(options: argparse.Namespace) -> int:
-    unknown = set(options.ops) - set(OPS)
-    if unknown:
-        print(f"no such op: {', '.join(sorted(unknown))}; there are {', '.join(OPS)}")
-        return 2
-    benches = [load(op) for op in options.ops or OPS]
-    dtypes = tuple(options.dtype or DTYPES)
-    if torch.cuda.is_available():
-        return _time(benches, dtypes, options)
-    return static.run(benches, dtypes, options.target, options.out, options.commit)
+_COMMIT_HELP = "what to record as the commit, in a copy without git"
+_GPU_HELP = "without a GPU: the one to predict for (default: H200); may be repeated"
 
 
-def jobs(benches: Sequence[Bench], dtypes: Sequence[str]) -> list[Job]:
-    """What there is to measure, the cases of real networks of all ops first."""
-    return [
-        (bench, case, dtype, mode)
-        for kind in ("cases", "sweep")
-        for bench in benches
-        for case in getattr(bench, kind)
-        for dtype in case.dtypes
-        if dtype in dtypes
-        for mode in case.modes
-    ]
+def _add_ops(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; default: all")
 
 
-def _time(benches: Sequence[Bench], dtypes: Sequence[str], options: argparse.Namespace) -> int:
-    device = torch.device("cuda")
-    common = machine.gpu(device) | rows.provenance(options.commit) | machine.roofs(device)
-    file = options.out or rows.RESULTS / f"{rows.slug(common['gpu'])}.jsonl"
-    print(
-        f"{common['gpu']}: copies {common['roof_copy_bytes_per_s'] / 1e12:.2f} TB/s, multiplies "
-        f"{common['roof_matmul_bf16_flop_per_s'] / 1e12:.0f} TFLOP/s in bf16 and "
-        f"{common['roof_matmul_fp32_flop_per_s'] / 1e12:.0f} in fp32. Rows go to {file}"
+def _add_out(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--out", type=Path, metavar="FILE", help=what)
+    parser.add_argument("--commit", help=_COMMIT_HELP)
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="default: *.jsonl in perf/results and in perf/out"
     )
-    timing.count_launches(lambda: None, device)  # the profiler's traces slow all cases, or none
-    todo = jobs(benches, dtypes)
-    start = time.monotonic()
-    done: list[Row] = []
-    try:
-        with tqdm(todo, unit="case") as bar:
-            for number, job in enumerate(bar):
-                if options.budget is not None and time.monotonic() - start > options.budget:
-                    bar.write(f"The budget is spent: {len(todo) - number} cases were not measured.")
-                    break
-                found = [row | common for row in measured(job, device, bar)]
-                rows.append(file, found)
-                done += found
-    except KeyboardInterrupt:
-        print(f"\nInterrupted; what was measured is in {file}")
-    print(table(done))
+    parser.add_argument(
+        "--out", type=Path, default=rows.OUT, metavar="FOLDER", help="default: perf/out"
+    )
+
+
+def _benches(options: argparse.Namespace) -> list[Bench]:
+    return [load(op) for op in options.ops or OPS]
+
+
+def _gpus(options: argparse.Namespace) -> list[str]:
+    names = options.gpu or ["H200"]
+    return list(GPUS) if "all" in names else list(dict.fromkeys(names))
+
+
+def _run(options: argparse.Namespace) -> int:
+    benches, dtypes = _benches(options), tuple(options.dtype or DTYPES)
+    todo = jobs(benches, dtypes, options.cases)
+    if not torch.cuda.is_available():
+        if options.base:
+            print(f"{_NO_GPU} Comparing with {options.base} needs one. Nothing was done.")
+            return 2
+        gpus = [GPUS[name] for name in _gpus(options)]
+        return static.run(benches, dtypes, options.cases, gpus, options.out, options.commit)
+    device = torch.device("cuda")
+    if options.base:
+        return compare.run(todo, options.base, device, options.budget, options.out, options.commit)
+    found = run_.run(todo, device, options.out, options.budget, options.resume, options.commit)
+    print(run_.table(found))
     return 0
 
 
-def measured(job: Job, device: torch.device, bar: Any) -> list[Row]:
-    """The rows of one job, told to a progress bar as they come."""
-    bench, case, dtype, mode = job
-    name = f"{bench.name} {case.name} {dtype} {mode}"
-
-    def say(provider: str, what: str) -> None:
-        bar.set_description(f"{name}: {what} {provider}")
-        if what.startswith("left out"):
-            bar.write(f"{name}: {provider} {what}")
-
-    try:
-        found = timing.measure(bench, case, dtype, mode, device, say)
-    except torch.OutOfMemoryError:
-        bar.write(f"{name}: left out, the GPU has too little memory")
-        return []
-    key = {
-        "kind": "measured",
-        "op": bench.name,
-        "case": case.name,
-        "sizes": dict(case.sizes),
-        "mode": mode,
-        "dtype": dtype,
-        "bytes": bench.bytes(case, mode, DTYPES[dtype].itemsize),
-        "operations": bench.operations(case, mode),
-    }
-    for row in found:
-        bar.set_postfix_str(f"last: {row['provider']} {row['device_p50_us'] or 0:.1f} us")
-    return [key | row for row in found]
-
-
-def table(found: Sequence[Row]) -> str:
-    """Measured rows, a line each; "of roof" is the least time that the roofs allow over the p50."""
-    lines = [
-        f"{'op case dtype mode':52} {'provider':12} {'device us':>10} {'eager us':>10} "
-        f"{'of roof':>7} {'launches':>8} {'MB extra':>9} {'error':>8}"
-    ]
-    for row in found:
-        name = f"{row['op']} {row['case']} {row['dtype']} {row['mode']}"
-        point = roofline.point(row)
-        assert point is not None, "it was measured"
-        lines.append(
-            f"{name:52} {row['provider']:12} {row['device_p50_us']:10.1f} "
-            f"{row['eager_p50_us']:10.1f} {point.share:7.0%} {row['launches'] or '?':>8} "
-            f"{(row['peak_memory'] or 0) / 1e6:9.1f} {row['error']:8.0e}"
-        )
-    return "\n".join(lines)
-
-
 def _plot(options: argparse.Namespace) -> int:
-    files = (
-        options.files or sorted(rows.RESULTS.glob("*.jsonl")) or sorted(rows.OUT.glob("*.jsonl"))
-    )
-    if not files:
-        print(f"no result files in {rows.RESULTS} or {rows.OUT}: `run` makes one")
-        return 2
-    for picture in roofline.draw(rows.read(files), options.out, options.format):
+    found = _rows(options)
+    for picture in roofline.draw(found, options.out, options.format, options.theme):
         print(picture)
+    return 0 if found else 2
+
+
+def _report(options: argparse.Namespace) -> int:
+    found = _rows(options)
+    if not found:
+        return 2
+    for file in report.write(found, options.out):
+        print(file)
+    if options.readme:
+        report.update_readme(options.readme, found)
+        print(options.readme)
+    return 0
+
+
+def _rows(options: argparse.Namespace) -> list[rows.Row]:
+    files = options.files or rows.files()
+    found = rows.read(files)
+    if not found:
+        print(f"no result rows in {rows.RESULTS} or {rows.OUT}: `run` makes some")
+    return found
+
+
+def _tune(options: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        return candidates.compile_only(_benches(options), [GPUS[name] for name in _gpus(options)])
+    return tune.run(
+        _benches(options), torch.device("cuda"), options.budget, options.out, options.commit
+    )
+
+
+def _probe(options: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        print(machine.datasheet())
+        return 0
+    device = torch.device("cuda")
+    where = machine.gpu(device) | rows.provenance(options.commit)
+    roofs = machine.roofs(device, lambda name, why: print(f"no {name}: {why}"))
+    file = options.out or rows.RESULTS / f"{rows.slug(where['gpu'])}.jsonl"
+    rows.append(file, [{"kind": "probe", "roofs": roofs} | where])
+    print(machine.table(roofs, machine.known(where["gpu"])), f"Row: {file}", sep="\n")
     return 0
 
 

@@ -8,9 +8,11 @@ and half of a device's fp32 FLOP/s is its roof.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -58,14 +60,18 @@ class Case:
 Provider = Callable[[Case, Inputs], Callable[[], Tensor]]
 
 
+Sizes = Mapping[str, int]
+Constants = Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Work:
-    """The elements that one kernel works through, for instructions per element."""
+    """What one kernel works through, for its instructions per element and its predicted time."""
 
-    block: Callable[[Mapping[str, Any]], int] | None = None  # per program, by its constexprs
-    loop: Callable[[Mapping[str, Any]], int] | None = None  # per pass of the innermost loop
-    # In all launches of a call, by the sizes of a case; None: no model of the op's time.
-    elements: Callable[[Mapping[str, int]], int] | None = None
+    elements: Callable[[Sizes], float]  # in all launches of a call
+    # That a program handles in a pass of its innermost loop or, without ``loop``, in all.
+    block: Callable[[Constants], int]
+    loop: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,17 +80,44 @@ class Bench:
 
     name: str
     cases: tuple[Case, ...]  # of real networks
+    small: tuple[Case, ...]  # so small that launches decide
     sweep: tuple[Case, ...]
     make: Callable[[Case, torch.dtype, torch.device], Inputs]
     providers: Mapping[str, Provider]  # the library's own is called "ours"
     reference: Callable[[Case, Inputs, str], Arrays]  # numpy; by mode
     bytes: Callable[[Case, str, int], int]  # by mode and bytes per element
     operations: Callable[[Case, str], int]  # by mode
-    kernels: Mapping[str, Work | None] = field(default_factory=dict)  # None: serial, not modelled
+    # Launch settings by name, each with the values that the tuner tries in all combinations.
+    settings: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    kernels: Mapping[str, Work] = field(default_factory=dict)
+    torch_kernels: int = 0  # launched by torch's own operations in a call, about
     leaves: tuple[str, ...] = ()  # inputs that get a gradient; "grad" is that of the output
     exact: bool = False  # outputs must be equal, not close
+    # The right answer by construction, where the formula or the reference takes too long or too
+    # much memory at full size.
+    known: Callable[[Case, Inputs], Tensor] | None = None
     capturable: bool = True  # in a CUDA graph: the host never waits
-    shrink: Callable[[], None] = lambda: None  # what a process must set before it runs small cases
+    # What must hold while a small case runs, for it to launch as often as the case it stands for.
+    shrunk: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+
+
+Job = tuple[Bench, Case, str, str]  # dtype, mode
+
+# Which cases ``--cases`` takes.
+SETS = {"small": ("small",), "real": ("cases",), "full": ("cases", "small", "sweep")}
+
+
+def jobs(benches: Iterable[Bench], dtypes: Collection[str], cases: str = "real") -> list[Job]:
+    """What there is to do, the cases of real networks of all ops first."""
+    return [
+        (bench, case, dtype, mode)
+        for kind in SETS[cases]
+        for bench in benches
+        for case in getattr(bench, kind)
+        for dtype in case.dtypes
+        if dtype in dtypes
+        for mode in case.modes
+    ]
 
 
 def load(op: str) -> Bench:

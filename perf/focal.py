@@ -89,7 +89,12 @@ def _operations(case: Case, mode: str) -> int:
     return per_element * case.sizes["n"] * case.sizes["c"]
 
 
+def _case(n: int) -> Case:
+    return Case(f"{n}x80", {"n": n, "c": 80}, _SMALL, option="sum")
+
+
 _WORK = Work(elements=lambda s: s["n"] * s["c"], block=lambda k: k["BLOCK"])
+_SETTINGS = {"BLOCK": (512, 1024, 2048, 4096), "num_warps": (2, 4, 8)}
 _SMALL = {"n": 512, "c": 80}
 
 BENCH = Bench(
@@ -99,15 +104,15 @@ BENCH = Bench(
         Case("retinanet-none", {"n": 193_000, "c": 80}, _SMALL, option="none"),
         Case("retinanet-batch8", {"n": 1_500_000, "c": 80}, _SMALL, option="sum"),
     ),
-    sweep=tuple(
-        Case(f"sweep-{n}x80", {"n": n, "c": 80}, _SMALL, option="sum")
-        for n in (2**10, 2**13, 2**16, 2**19)
-    ),
+    small=tuple(map(_case, (2**10, 2**12, 2**14))),
+    sweep=tuple(map(_case, (2**16, 2**18, 2**20))),
     make=make,
     providers={"ours": _ours, "eager": _eager, "compile": _compile, "torchvision": _torchvision},
     reference=_reference,
     bytes=_bytes,
     operations=_operations,
+    settings={"focal_fwd": _SETTINGS, "focal_bwd": _SETTINGS},
     kernels={"focal_fwd_kernel": _WORK, "focal_bwd_kernel": _WORK},
+    torch_kernels=1,  # sums the programs' partial sums
     leaves=("inputs",),
 )

@@ -85,6 +85,10 @@ def _tile(constants: Mapping[str, int]) -> int:
     return constants["BLOCK_N"] * constants["BLOCK_M"]
 
 
+def _case(n: int) -> Case:
+    return Case(f"{n}x{n}", {"n": n, "m": n}, {"n": 128, "m": 128}, dtypes=("fp32",))
+
+
 BENCH = Bench(
     name="iou",
     cases=(
@@ -92,19 +96,29 @@ BENCH = Bench(
         Case("square-10k", {"n": 10_000, "m": 10_000}, {"n": 144, "m": 144}),
         Case("anchors-200k-100", {"n": 200_000, "m": 100}, {"n": 224, "m": 100}),
     ),
-    sweep=tuple(
-        Case(f"sweep-{n}", {"n": n, "m": n}, {"n": 128, "m": 128}, dtypes=("fp32",))
-        for n in (512, 2048, 8192)
-    ),
+    small=tuple(map(_case, (256, 512))),
+    sweep=tuple(map(_case, (1024, 2048, 4096, 8192))),
     make=make,
     providers={"ours": _ours, "eager": _eager, "compile": _compile, "torchvision": _torchvision},
     reference=_reference,
     bytes=_bytes,
     operations=_operations,
+    settings={
+        "iou_fwd": {"BLOCK_N": (8, 16, 32), "BLOCK_M": (64, 128, 256), "num_warps": (4, 8)},
+        "iou_bwd": {
+            "BLOCK_N": (8, 16, 32),
+            "BLOCK_M": (32, 64),
+            "num_warps": (4, 8),
+            "programs": (512, 2048),
+        },
+    },
     kernels={
         "box_iou_fwd_kernel": Work(block=_tile, elements=lambda s: s["n"] * s["m"]),
-        # Launched for either set of boxes.
-        "box_iou_bwd_kernel": Work(block=_tile, loop=_tile, elements=lambda s: 2 * s["n"] * s["m"]),
+        "box_iou_bwd_kernel": Work(
+            elements=lambda s: 2 * s["n"] * s["m"],  # launched for either set of boxes
+            block=_tile,
+            loop=True,
+        ),
     },
     leaves=("boxes1", "boxes2"),
 )

@@ -13,9 +13,10 @@ box and a later one of its class, which any method that compares boxes with kept
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,11 @@ from torch import Tensor
 from dlops_triton import batched_nms, nms
 from dlops_triton.reference import nms as reference
 
-from .bench import AbsentError, Arrays, Bench, Case, Inputs, Work, optional
+from .bench import AbsentError, Arrays, Bench, Case, Inputs, Sizes, Work, optional
 
 THRESHOLD = 0.5
 _SIDE, _JITTER, _PITCH, _STEP = 64, 4, 96, 16
+MODULE: Any = sys.modules[nms.__module__]  # the package's attribute of that name is the op
 _EAGER_LIMIT = 20_000  # boxes; the eager formula holds several fp32 matrices, N x N each
 
 
@@ -103,6 +105,18 @@ def _reference(case: Case, i: Inputs, mode: str) -> Arrays:
     return (reference.nms(i["boxes"].numpy(), i["scores"].numpy(), THRESHOLD, idxs=idxs),)
 
 
+def _known(case: Case, i: Inputs) -> Tensor:
+    """The best of each cluster, or every other stair, by descending score."""
+    order = torch.sort(i["scores"], descending=True, stable=True).indices
+    if case.option == "staircase":
+        return order[::2]
+    cluster = order % case.sizes["kept"]  # as ``make`` deals the boxes out
+    rank = torch.arange(len(order), device=order.device)
+    first = torch.full((case.sizes["kept"],), len(order), device=order.device)
+    best = first.scatter_reduce(0, cluster, rank, "amin")
+    return order[best.sort().values]
+
+
 def _bytes(case: Case, mode: str, itemsize: int) -> int:
     per_box = 5 * itemsize + (8 if "classes" in case.sizes else 0)
     return per_box * case.sizes["n"] + 8 * case.sizes["kept"]
@@ -121,10 +135,39 @@ def _case(
     return Case(name, sizes, small, dtypes=("fp32",), modes=("fwd",), option=option)
 
 
-def _shrink() -> None:
-    """Small cases then go through as many bands as the cases they stand for."""
-    module: Any = sys.modules[nms.__module__]  # the package's attribute of that name is the op
-    module.BAND = module.BLOCK
+# The pairs that the kernels look at. In a band every block of boxes meets itself and the earlier
+# ones; then the band's kept boxes meet all later ones, 32 at a time where any of 32 is kept.
+
+
+def _block() -> int:
+    block: int = MODULE.MASK.on(torch.empty(0))["BLOCK"]
+    return block
+
+
+def _bands(sizes: Sizes) -> list[tuple[int, int]]:
+    """Start and end of each."""
+    n, band = sizes["n"], MODULE.BAND
+    return [(start, min(start + band, n)) for start in range(0, n, band)]
+
+
+def _near(sizes: Sizes) -> float:
+    blocks = (math.ceil((end - start) / _block()) for start, end in _bands(sizes))
+    return _block() ** 2 * sum(b * (b + 1) / 2 for b in blocks)
+
+
+def _far(sizes: Sizes) -> float:
+    occupied = 1 - (1 - sizes["kept"] / sizes["n"]) ** 32
+    return sum((end - start) * occupied * (sizes["n"] - end) for start, end in _bands(sizes))
+
+
+@contextlib.contextmanager
+def _shrunk() -> Iterator[None]:
+    """Small cases go through as many bands as the cases they stand for."""
+    band, MODULE.BAND = MODULE.BAND, _block()
+    try:
+        yield
+    finally:
+        MODULE.BAND = band
 
 
 BENCH = Bench(
@@ -135,7 +178,10 @@ BENCH = Bench(
         _case("100k-keep-10k", 100_000, 10_000, 3_136),
         _case("20k-80-classes-keep-2k", 20_000, 2_000, 640, classes=80),
     ),
+    small=(_case("128-keep-16", 128, 16, 96), _case("512-keep-64", 512, 64, 256)),
     sweep=(
+        *(_case(f"{n}-keep-tenth", n, n // 10, 496) for n in (2_000, 4_000, 16_000)),
+        *(_case(f"{n}-keep-tenth", n, n // 10, 3_136) for n in (64_000, 256_000, 1_000_000)),
         _case("10k-keep-100", 10_000, 100, 496),
         _case("10k-keep-10k", 10_000, 10_000, 496),
         _case("10k-staircase", 10_000, 5_000, 496, option="staircase"),
@@ -145,14 +191,30 @@ BENCH = Bench(
     reference=_reference,
     bytes=_bytes,
     operations=_operations,
-    kernels={
-        "nms_mask_kernel": Work(
-            block=lambda k: 32 * k["BLOCK"], loop=lambda k: k["ROWS"] * k["BLOCK"]
-        ),
-        "nms_resolve_kernel": None,
-        "nms_suppress_kernel": Work(loop=lambda k: k["ROWS"] * k["BLOCK"]),
+    settings={
+        "nms_mask": {"BLOCK": (256, 512, 1024), "ROWS": (2, 4, 8), "num_warps": (4, 8)},
+        "nms_resolve": {"WORDS": (8, 16, 32), "num_warps": (4, 8, 16)},
+        "nms_suppress": {
+            "BLOCK": (256, 512),
+            "ROWS": (2, 4, 8),
+            "WORDS": (16, 64),
+            "num_warps": (4, 8),
+        },
     },
+    kernels={
+        "nms_mask_kernel": Work(elements=_near, block=lambda k: k["ROWS"] * k["BLOCK"], loop=True),
+        "nms_resolve_kernel": Work(  # an element is a word of 32 pairs
+            elements=lambda s: _near(s) / 32,
+            block=lambda k: k["WORDS"] * k["BLOCK"],
+            loop=True,
+        ),
+        "nms_suppress_kernel": Work(
+            elements=_far, block=lambda k: k["ROWS"] * k["BLOCK"], loop=True
+        ),
+    },
+    torch_kernels=12,  # sorting, gathering, selecting
     exact=True,
+    known=_known,
     capturable=False,
-    shrink=_shrink,
+    shrunk=_shrunk,
 )

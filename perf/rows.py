@@ -1,14 +1,17 @@
 """Result rows: one JSON object per line, with what is needed to believe and to repeat it.
 
-A row's ``kind`` is "measured" (on the GPU it names) or "static" (without one). Measured rows are
-evidence and are appended to ``perf/results/<gpu>.jsonl``, which is committed; a static report can
-be made again from its commit, so it goes to ``perf/out``.
+A row's ``kind`` is "measured" or "probe" (of the roofs), both on the GPU that it names and appended
+to ``perf/results/<gpu>.jsonl``; "tuned", the evidence of the tuner; or "predicted", without a GPU.
+A file may be appended to by several processes at once, and may end in the half line of a process
+that was killed.
 """
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -22,6 +25,9 @@ import triton
 
 from dlops_triton import __version__
 
+if sys.platform != "win32":
+    import fcntl
+
 Row = dict[str, Any]
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -29,25 +35,62 @@ IN_CHECKOUT = (_ROOT / "pyproject.toml").exists() and (_ROOT / "kernels").is_dir
 ROOT = _ROOT if IN_CHECKOUT else Path.cwd()
 RESULTS = ROOT / "perf" / "results"
 OUT = ROOT / "perf" / "out"
+PREDICTED = "predicted.jsonl"
 
-# What makes two measurements measurements of the same thing.
-KEY = ("kind", "op", "case", "mode", "dtype", "provider", "gpu", "target")
+# What makes two rows rows of the same thing, of which the newer counts.
+KEY = ("kind", "gpu", "op", "case", "mode", "dtype", "provider", "setting", "candidate")
+# What must agree, beside, for a measurement not to be repeated.
+SAME_CODE = ("commit", "torch", "triton", "driver")
 
 
 def append(file: Path, rows: Iterable[Row]) -> None:
+    """Add rows to a file, whoever else is adding to it."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as out:
-        out.writelines(json.dumps(row) + "\n" for row in rows)
+    with file.open("a+b") as out:
+        if sys.platform != "win32":
+            fcntl.flock(out, fcntl.LOCK_EX)
+        size = out.seek(0, os.SEEK_END)
+        if size:
+            out.seek(size - 1)
+            if out.read(1) != b"\n":  # of a line that was cut short
+                text = "\n" + text
+        out.write(text.encode())
 
 
 def read(files: Iterable[Path]) -> list[Row]:
-    """The newest row of each measurement; of files and lines, later is newer."""
+    """The newest row of each thing; of rows equally old, the later one. Broken lines are told."""
     newest: dict[tuple[Any, ...], Row] = {}
     for file in files:
-        for line in file.read_text().splitlines():
-            row = json.loads(line)
-            newest[tuple(row.get(name) for name in KEY)] = row
+        for row in read_all(file):
+            key = tuple(_hashable(row.get(name)) for name in KEY)
+            if key not in newest or row.get("date", "") >= newest[key].get("date", ""):
+                newest[key] = row
     return list(newest.values())
+
+
+def read_all(file: Path) -> list[Row]:
+    """Every row of a file, in order."""
+    found = []
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:  # of the JSON, or of its encoding
+            row = None
+        if isinstance(row, dict):
+            found.append(row)
+        elif line.strip():
+            print(f"{file}:{number}: not a whole row, so left out", file=sys.stderr)
+    return found
+
+
+def _hashable(value: Any) -> Any:
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else value
+
+
+def files() -> list[Path]:
+    """Result files: the committed ones, then those of this checkout's own runs."""
+    return [*sorted(RESULTS.glob("*.jsonl")), *sorted(OUT.glob("*.jsonl"))]
 
 
 def slug(name: str) -> str:
@@ -67,13 +110,13 @@ def provenance(commit: str | None = None) -> Row:
 
 
 def _commit() -> str | None:
-    """The commit, with "+changes" if files that are in it were changed; None without git."""
-    found = said("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD") if IN_CHECKOUT else None
-    if not found:
+    """The commit, with a digest of the changes to files that are in it; None without git."""
+    if not IN_CHECKOUT or not (found := said("git", "-C", str(ROOT), "rev-parse", "HEAD")):
         return None
-    tree = ("diff", "--quiet", "HEAD", "--", ".", ":!perf/results")
-    changed = subprocess.run(["git", "-C", str(ROOT), *tree], capture_output=True, check=False)
-    return found + ("+changes" if changed.returncode else "")
+    tree = ("diff", "--binary", "HEAD", "--", ".", ":!perf/results", ":!*.md")
+    done = subprocess.run(["git", "-C", str(ROOT), *tree], capture_output=True, check=False)
+    changes = f"+changes-{hashlib.sha1(done.stdout).hexdigest()[:8]}" if done.stdout else ""
+    return found[:12] + changes
 
 
 def said(*command: str) -> str | None:

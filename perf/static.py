@@ -1,197 +1,147 @@
-"""What is known of the ops without a GPU: counted traffic, launches, and the machine code.
+"""What is known of the ops without a GPU: counted traffic, machine code, and times predicted of it.
 
-Two subprocesses, since Triton interprets or compiles but does not do both in one: the first runs
-every case in small in the interpreter and counts bytes, the second compiles the same launches for
-a target. Both need the test tools of a checkout.
-
-    python -m dlops_triton.perf.static focal bf16     the first one: a line of JSON per case
+Two subprocesses do the work (``counting.py``), since Triton interprets or compiles but does not do
+both in one. Both need the test tools of a checkout.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from . import OPS, rows
-from . import bench as bench_
-from .bench import DTYPES, Bench, Case, Work
+from . import counting, model, rows
+from .bench import Bench, Work
+from .gpus import Gpu
 from .rows import Row
 
-_MODULE = f"{__package__}.static"
-_JSON = "row "  # begins the lines that the subprocess prints for its parent
+_MODULE = f"{__package__}.counting"
 
 
 def run(
     benches: Sequence[Bench],
     dtypes: Sequence[str],
-    target: str = "sm_90",
+    cases: str,
+    gpus: Sequence[Gpu],
     out: Path | None = None,
     commit: str | None = None,
 ) -> int:
-    """Print the report, and write its rows to ``perf/out/static-<target>.jsonl``."""
+    """Print the report, and append its rows to ``out``, by default ``perf/out/predicted.jsonl``."""
     if not rows.IN_CHECKOUT:
         print(
             "No GPU found, and the report that needs none is made by the test tools, which are in "
             "a checkout of the repository and not in the installed package. Nothing was done."
         )
         return 2
-    sys.path.insert(0, str(rows.ROOT))
-    gate = importlib.import_module("tests.tools.compile_gate")
-    if target not in gate.TARGETS:
-        print(f"no such target: {target}; there are {', '.join(gate.TARGETS)}")
-        return 2
-    names = [*(bench.name for bench in benches), *dtypes]
-    total = len(list(_jobs(benches, dtypes)))
     print("No GPU found: counting and compiling instead. Nothing here is a measurement of speed.")
-    with (
-        ThreadPoolExecutor(1) as thread,
-        tqdm(total=total + 1, unit="step", leave=False) as bar,
-    ):
-        bar.set_description("starting")
-        compiling = thread.submit(gate.run_gate, f"{_MODULE}:{'_'.join(names)}", [target], 1)
-        found = []
-        for row in _traffic(names):
-            bar.set_description(f"counted {row['op']} {row['case']} {row['dtype']} {row['mode']}")
-            bar.update()
-            found.append(row)
-        bar.set_description(f"compiling for {target}")
-        while not compiling.done():
-            bar.refresh()
-            time.sleep(0.2)
-        records = compiling.result()
+    names = [cases, *(bench.name for bench in benches), *dtypes]
+    counted, records = _count_and_compile(names, [gpu.target for gpu in gpus])
     by_name = {bench.name: bench for bench in benches}
-    common = {"kind": "static", "provider": "ours", "target": target} | rows.provenance(commit)
-    lanes = gate.TARGETS[target][2]  # of a warp
-    found = [_join(row, by_name[row["op"]], records, lanes) | common for row in found]
-    file = out or rows.OUT / f"static-{target}.jsonl"
+    common = {"kind": "predicted", "provider": "ours"} | rows.provenance(commit)
+    found = [
+        predict(row, by_name[row["op"]], [r for r in records if r.target == gpu.target], gpu)
+        | common
+        for gpu in gpus
+        for row in counted
+        if row["target"] == gpu.target
+    ]
+    file = out or rows.OUT / rows.PREDICTED
     rows.append(file, found)
     print(report(found), f"Rows: {file}", sep="\n")
     return 0
 
 
-def _jobs(
-    benches: Sequence[Bench], dtypes: Sequence[str]
-) -> Iterator[tuple[Bench, Case, str, str]]:
-    """The cases of real networks. Sweeps launch the same kernels."""
-    for bench in benches:
-        for case in bench.cases:
-            for dtype in (d for d in case.dtypes if d in dtypes):
-                for mode in case.modes:
-                    yield bench, case, dtype, mode
+def _count_and_compile(names: Sequence[str], targets: list[str]) -> tuple[list[Row], list[Any]]:
+    """The work of both subprocesses, at the same time, under a progress bar."""
+    sys.path.insert(0, str(rows.ROOT))
+    gate = importlib.import_module("tests.tools.compile_gate")
+    steps = len(counting.named(names)) * len(targets) + 1
+    with (
+        ThreadPoolExecutor(1) as thread,
+        tqdm(total=steps, unit="step", leave=False, disable=None) as bar,
+    ):
+        bar.set_description("starting")
+        compiling = thread.submit(gate.run_gate, f"{_MODULE}:{','.join(names)}", targets, 1)
+        counted = []
+        for row in _counted([*names, *targets]):
+            bar.set_description(f"counted {row['op']} {row['case']} {row['dtype']} {row['mode']}")
+            bar.update()
+            counted.append(row)
+        bar.set_description(f"compiling for {', '.join(targets)}")
+        while not compiling.done():
+            bar.refresh()
+            time.sleep(0.2)
+        return counted, compiling.result()
 
 
-def _named(names: Sequence[str]) -> tuple[list[Bench], list[str]]:
-    return [bench_.load(n) for n in names if n in OPS], [n for n in names if n in DTYPES]
-
-
-def _call(bench: Bench, case: Case, dtype: str, mode: str) -> Callable[[], Any]:
-    """The library's own work on a case in small."""
-    bench.shrink()
-    small = case.shrunk()
-    inputs = bench.make(small, DTYPES[dtype], torch.device("cpu"))
-    return bench_.bind(bench, "ours", small, mode, inputs)
-
-
-def __getattr__(name: str) -> list[tuple[str, Callable[[], Any]]]:
-    """The compile gate's cases: an attribute that is called, for example, ``focal_nms_fp32``."""
-    benches, dtypes = _named(name.split("_"))
-    if not (benches and dtypes):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return [
-        (f"{bench.name} {case.name} {dtype} {mode}", _call(bench, case, dtype, mode))
-        for bench, case, dtype, mode in _jobs(benches, dtypes)
-    ]
-
-
-def _traffic(names: Sequence[str]) -> Iterator[Row]:
-    """The rows of the first subprocess, as they come."""
+def _counted(names: Sequence[str]) -> Iterator[Row]:
+    """The rows that the first subprocess counts, as they come."""
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "HIP_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
+        "KINETO_LOG_LEVEL": "99",  # the profiler counts the memory, and is chatty
         "PYTHONPATH": os.pathsep.join(filter(None, (str(rows.ROOT), os.environ.get("PYTHONPATH")))),
     }
     command = [sys.executable, "-m", _MODULE, *names]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         for line in child.stdout:
-            if line.startswith(_JSON):
-                yield json.loads(line.removeprefix(_JSON))
+            if line.startswith(counting.ROW):
+                yield json.loads(line.removeprefix(counting.ROW))
     if child.returncode:
         raise RuntimeError("counting traffic in the interpreter failed, as said above")
 
 
-def _count(names: Sequence[str]) -> None:
-    """The first subprocess: count what every case in small asks for."""
-    traffic = importlib.import_module("tests.tools.traffic").traffic
-    importlib.import_module("tests.tools.interpreter").install_fixes()
-    for bench, case, dtype, mode in _jobs(*_named(names)):
-        call = _call(bench, case, dtype, mode)
-        with _noted_launches() as launches, traffic(sectors=True) as meter:
-            call()
-        itemsize = DTYPES[dtype].itemsize
-        row = {
-            "op": bench.name,
-            "case": case.name,
-            "sizes": dict(case.sizes),
-            "small": dict(case.small),
-            "mode": mode,
-            "dtype": dtype,
-            "bytes": bench.bytes(case, mode, itemsize),
-            "operations": bench.operations(case, mode),
-            "small_bytes": bench.bytes(case.shrunk(), mode, itemsize),
-            "requested_bytes": meter.total,
-            "sector_bytes": meter.dram,
-            "launches": len(launches),
-            "kernels": launches,
-        }
-        print(_JSON + json.dumps(row), flush=True)
-
-
-@contextlib.contextmanager
-def _noted_launches() -> Iterator[list[Row]]:
-    """Note of each launch the kernel, and what Triton specialises it by."""
-    dispatch: Any = importlib.import_module("dlops_triton._dispatch")
-    launch = dispatch.launch
-    found: list[Row] = []
-
-    def noted(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
-        arguments = {name: _token(a) for name, a in zip(kernel.arg_names, args, strict=False)}
-        constants = {name: settings[name] for name in kernel.arg_names if name in settings}
-        found.append({"kernel": kernel.fn.__name__, "arguments": arguments, "constants": constants})
-        launch(kernel, grid, *args, **settings)
-
-    dispatch.launch = noted
-    try:
-        yield found
-    finally:
-        dispatch.launch = launch
-
-
-def _token(argument: Any) -> Any:
-    """What of a runtime argument is part of the specialisation, as the compile gate writes it."""
-    if isinstance(argument, torch.Tensor):
-        name = str(argument.dtype).removeprefix("torch.")
-        for long, short in (("bfloat", "bf"), ("float", "fp"), ("int", "i")):
-            name = name.replace(long, short)
-        return f"*{name}"
-    if isinstance(argument, int) and argument != 1:
-        kind = "i32" if abs(argument) < 2**31 else "i64"
-        return kind if argument % 16 else f"{kind} tt.divisibility=16"
-    return "fp32" if isinstance(argument, float) else argument  # None and 1 become constants
+def predict(row: Row, bench: Bench, records: Sequence[Any], gpu: Gpu) -> Row:
+    """A row with the machine code of its kernels for a GPU, and the time that they should take."""
+    kernels = []
+    parts = []
+    for name, (times, programs) in row["programs"].items():
+        launches = [launch for launch in row["small_launches"] if launch["kernel"] == name]
+        found = {id(r): r for launch in launches for r in records if _is_of(r, launch)}
+        # Of several specialisations of one kernel the call runs each about as often.
+        codes = [_code(r, bench.kernels[name], gpu) for r in found.values()]
+        work = bench.kernels[name]
+        elements, small = work.elements(row["sizes"]), row["small_elements"][name]
+        moved = sum(launch["bytes"] for launch in launches) * elements / small if small else 0.0
+        for code in codes:
+            launch = model.Launch(
+                times=times,
+                programs=programs,
+                num_warps=code["warps"],
+                registers=code["registers"],
+                shared=code["shared"],
+                instructions=elements * code["per_element"] / len(codes),
+                special=elements * code["special_per_element"] / len(codes),
+                bytes=moved / len(codes),
+            )
+            seconds, limit = model.seconds(gpu, launch)
+            parts.append((seconds, limit))
+            kernels.append(code | {"us": round(seconds * 1e6, 3), "limit": limit})
+    seconds, limit = model.call(parts, row["launches"] + bench.torch_kernels)
+    dropped = ("programs", "small_launches", "small_elements")
+    return {k: v for k, v in row.items() if k not in dropped} | {
+        "gpu": gpu.name,
+        "target": gpu.target,
+        "roofs": {
+            "copy_bytes_per_s": round(gpu.copy_bytes_per_s),
+            "instructions_per_s": round(gpu.instructions_per_s),
+        },
+        "predicted_us": round(seconds * 1e6, 3),
+        "limit": limit,
+        "kernels": kernels,
+    }
 
 
 def _is_of(record: Any, launch: Row) -> bool:
@@ -207,103 +157,83 @@ def _is_of(record: Any, launch: Row) -> bool:
     return all(record.constants.get(name) == v for name, v in launch["constants"].items())
 
 
-def _join(row: Row, bench: Bench, records: Sequence[Any], lanes: int) -> Row:
-    """Put the machine code of its kernels, and the instructions of the whole call, into a row."""
-    kernels: dict[str, Row] = {}
-    per_element: dict[str, list[float | None]] = {}
-    for launch in row["kernels"]:
-        record = next(record for record in records if _is_of(record, launch))
-        kernel = _code(record, bench.kernels[record.kernel], lanes)
-        kernels.setdefault(json.dumps(kernel), kernel)
-        per_element.setdefault(record.kernel, []).append(kernel["per_element"])
-    instructions: float | None = 0.0
-    for name, counts in per_element.items():
-        work = bench.kernels[name]
-        if work is None or work.elements is None or None in counts or instructions is None:
-            instructions = None  # a sum with a hole would flatter
-        else:
-            known = [c for c in counts if c is not None]
-            instructions += work.elements(row["sizes"]) * sum(known) / len(known)
-    return row | {"kernels": list(kernels.values()), "instructions": instructions}
-
-
-def _code(record: Any, work: Work | None, lanes: int) -> Row:
+def _code(record: Any, work: Work, gpu: Gpu) -> Row:
     """Of one kernel, what the report says.
 
-    Instructions per element: those of the innermost loop, if there is one, over the elements that
-    a pass handles, else those of the whole program over its elements; each instruction of each warp
+    Per element: instructions of the innermost loop over the elements that a pass handles or, where
+    the kernel has no loop, of the whole program over its elements; each instruction of each warp
     counts for all the warp's lanes. Branches are taken to run either side, once.
     """
     code = record.code
-    block = None if work is None else work.loop if code.loop_instructions else work.block
-    count = code.loop_instructions or code.instructions
+    lanes = record.num_warps * gpu.warp / work.block(record.constants)
+    count = code.loop_instructions if work.loop else code.instructions
+    special = (code.loop_counts if work.loop else code.counts).get("special", 0)
     return {
         "kernel": record.kernel,
-        "case": record.case,
         "constants": record.constants,
-        "error": record.error,
+        "error": record.error.splitlines()[0] if record.error else "",
         "registers": code.registers,
         "stack": code.stack,
         "spilled": code.spilled,
         "shared": record.shared,
         "warps": record.num_warps,
-        "instructions": code.instructions,
-        "loop_instructions": code.loop_instructions,
-        "per_element": count * record.num_warps * lanes / block(record.constants)
-        if block
-        else None,
-        "loads": code.counts.get("load"),
-        "loads_128": code.counts.get("load_128"),
-        "stores": code.counts.get("store"),
-        "stores_128": code.counts.get("store_128"),
-        "special": code.counts.get("special"),
+        "occupancy": gpu.occupancy(code.registers, record.shared, record.num_warps),
+        "per_element": count * lanes,
+        "special_per_element": special * lanes,
     }
 
 
 def report(found: Sequence[Row]) -> str:
-    """The two tables, a line per case and a line per kernel, and how to read them."""
-    target = found[0]["target"]
-    lines = [
-        f"NO GPU FOUND, NO SPEED MEASURED: bytes counted in Triton's interpreter, machine code "
-        f"compiled for {target}",
-        "",
-        f"{'op case dtype mode':44} {'compulsory':>12} {'ops/byte':>9} {'requested':>10} "
-        f"{'sectors':>8} {'launches':>8} {'instr/op':>8}",
-    ]
+    """Two tables for each GPU, a line per case and a line per kernel, and how to read them."""
+    lines = ["PREDICTED, NOT YET MEASURED: bytes counted in Triton's interpreter, machine code"]
+    for gpu in dict.fromkeys(row["gpu"] for row in found):
+        mine = [row for row in found if row["gpu"] == gpu]
+        lines += ["", f"{gpu} ({mine[0]['target']})", *_cases(mine), "", *_kernels(mine)]
+    return "\n".join((*lines, "", _NOTES))
+
+
+def _cases(found: Sequence[Row]) -> Iterator[str]:
+    yield (
+        f"{'op case dtype mode':44} {'compulsory':>12} {'ops/byte':>8} {'requested':>10} "
+        f"{'sectors':>8} {'launches':>8} {'MB extra':>9} {'floor us':>9} {'predicted':>10}  limit"
+    )
     for row in found:
-        name = f"{row['op']} {row['case']} {row['dtype']} {row['mode']}"
-        instructions = row["instructions"]
-        lines.append(
-            f"{name:44} {row['bytes'] / 1e6:9.2f} MB {row['operations'] / row['bytes']:9.2f} "
+        floor = max(
+            row["bytes"] / row["roofs"]["copy_bytes_per_s"],
+            row["operations"] / row["roofs"]["instructions_per_s"],
+        )
+        memory = row["peak_memory"]
+        yield (
+            f"{row['op'] + ' ' + row['case'] + ' ' + row['dtype'] + ' ' + row['mode']:44} "
+            f"{row['bytes'] / 1e6:9.2f} MB {row['operations'] / row['bytes']:8.2f} "
             f"{row['requested_bytes'] / row['small_bytes']:9.2f}x "
             f"{row['sector_bytes'] / row['small_bytes']:7.2f}x {row['launches']:8} "
-            + (f"{instructions / row['operations']:7.1f}x" if instructions else f"{'-':>8}")
+            f"{'-' if memory is None else f'{memory / 1e6:.1f}':>9} {floor * 1e6:9.1f} "
+            f"{row['predicted_us']:10.1f}  {row['limit']}"
         )
-    lines += [
-        "",
-        f"{'kernel, as first launched by':88} {'regs':>4} {'spill':>5} {'stack':>5} {'shared':>6} "
-        f"{'warps':>5} {'instr':>5} {'loop':>5} {'per element':>11} {'loads/128':>9} "
-        f"{'stores/128':>10} {'special':>7}",
-    ]
-    kernels = {json.dumps(kernel): kernel for row in found for kernel in row["kernels"]}
-    named: dict[str, Row] = {}
-    for kernel in kernels.values():
-        name = f"{kernel['kernel']}, {kernel['case']}"
-        twin = named.setdefault(name, kernel)["constants"]
-        name += "".join(f", {k}={v}" for k, v in kernel["constants"].items() if twin.get(k, v) != v)
-        if kernel["error"]:
-            lines.append(f"{name:88} NOT COMPILED: {kernel['error'].splitlines()[0]}")
-            continue
-        per_element = kernel["per_element"]
-        lines.append(
-            f"{name:88} {kernel['registers']:4} {kernel['spilled']:5} {kernel['stack']:5} "
-            f"{kernel['shared']:6} {kernel['warps']:5} {kernel['instructions']:5} "
-            f"{kernel['loop_instructions']:5} "
-            f"{f'{per_element:.1f}' if per_element else '-':>11} "
-            f"{kernel['loads']:>5}/{kernel['loads_128']:<3} "
-            f"{kernel['stores']:>6}/{kernel['stores_128']:<3} {kernel['special']:>7}"
-        )
-    return "\n".join((*lines, "", _NOTES))
+
+
+def _kernels(found: Sequence[Row]) -> Iterator[str]:
+    yield (
+        f"{'kernel, and the first case that launches it':72} {'regs':>4} {'spill':>5} {'stack':>5} "
+        f"{'shared':>6} {'warps':>5} {'occupancy':>9} {'instr/element':>13} {'special':>7}"
+    )
+    seen: set[str] = set()
+    for row in found:
+        for kernel in row["kernels"]:
+            key = json.dumps([kernel["kernel"], kernel["constants"], row["dtype"]])
+            if key in seen:
+                continue
+            seen.add(key)
+            name = f"{kernel['kernel']}, {row['op']} {row['case']} {row['dtype']} {row['mode']}"
+            if kernel["error"]:
+                yield f"{name:72} NOT COMPILED: {kernel['error']}"
+                continue
+            yield (
+                f"{name:72} {kernel['registers']:4} {kernel['spilled']:5} {kernel['stack']:5} "
+                f"{kernel['shared']:6} {kernel['warps']:5} {kernel['occupancy']:9.0%} "
+                f"{kernel['per_element']:13.1f} {kernel['special_per_element']:7.2f}"
+            )
 
 
 _NOTES = """\
@@ -312,13 +242,8 @@ ops          fp32 instructions of the leanest known formulation; a fused multipl
 requested    bytes that active lanes ask for, caches or not, over the compulsory bytes; on a
              smaller problem, so where traffic does not grow in proportion (NMS) it differs
 sectors      distinct 32-byte sectors touched, summed over launches, over the same
-launches     of Triton kernels, per call; torch's own (sorting, summing partial results) not counted
-instr/op     all instructions of a call over ops; "-" where a serial kernel allows no such model
-per element  instructions of a loop's pass over the elements it handles, or where there is no loop
-             of the whole program over its elements; x warps x lanes; branches count both sides
-spill, stack, loads, stores, special: bytes per thread, and instructions in the code; 128: those of
-             128 bits and more"""
-
-
-if __name__ == "__main__":
-    _count(sys.argv[1:])
+launches     of Triton kernels, per call; the prediction adds torch's own (sorting, summing)
+MB extra     held at the worst moment beside the inputs, outputs included
+floor        of the bytes at the speed of a copy, or of the ops at the fp32 rate
+predicted    perf/model.py says how, limit what takes most of it
+spill, stack bytes per thread"""

@@ -1,4 +1,4 @@
-"""What every kernel compiles to, for seven GPUs that need not be here."""
+"""What every kernel compiles to, for eight GPUs that need not be here."""
 
 from __future__ import annotations
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ pytest.importorskip("matplotlib", reason="perf needs the extra 'perf'")
 
 from dlops_triton.perf import OPS, bench, rows, timing
 from dlops_triton.perf.bench import Bench, Case
+from tests.fakes import CASE, L2_BYTES, FakeTime, absent, broken, planted, square, squaring, times
 
 CPU = torch.device("cpu")
 NMS: Any = sys.modules[dlops_triton.nms.__module__]
@@ -36,10 +37,14 @@ ARGUMENTS: dict[str, Callable[[Mapping[str, int]], list[int]]] = {
 }
 
 
+def every(known: Bench) -> tuple[Case, ...]:
+    return (*known.cases, *known.small, *known.sweep)
+
+
 def tiny(op: str) -> list[tuple[Bench, Case, str]]:
     """Each different kind of case of an op, with its modes."""
     known = bench.load(op)
-    kinds = {(case.option, "classes" in case.sizes): case for case in (*known.cases, *known.sweep)}
+    kinds = {(case.option, "classes" in case.sizes): case for case in every(known)}
     found = []
     for (option, classes), case in kinds.items():
         sizes = dict(TINY[op]) | ({"classes": 4} if classes else {})
@@ -70,7 +75,7 @@ def test_the_cost_model_grows_with_the_problem_and_the_small_case_is_specialised
     op: str,
 ) -> None:
     known = bench.load(op)
-    for case in (*known.cases, *known.sweep):
+    for case in every(known):
         for mode in case.modes:
             small = case.shrunk()
             assert known.bytes(case, mode, 4) > known.bytes(small, mode, 4) > 0
@@ -92,15 +97,18 @@ def test_the_least_bytes_of_the_focal_loss() -> None:
     assert known.bytes(unreduced, "fwd+bwd", 4) == 5 * 4 * n * c + 2 * 8 * n
 
 
-def test_nms_keeps_as_many_boxes_as_its_cases_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nms_keeps_what_its_cases_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "cpu_implementation", "reference")
     known = bench.load("nms")
-    for case in (*known.cases, *known.sweep):
+    assert known.known is not None
+    for case in every(known):
         for sized in (case, case.shrunk()):
             if sized.sizes["n"] > 20_000:
                 continue
             inputs = known.make(sized, torch.float32, CPU)
-            assert len(known.providers["ours"](sized, inputs)()) == sized.sizes["kept"]
+            kept = known.providers["ours"](sized, inputs)()
+            assert len(kept) == sized.sizes["kept"]
+            assert torch.equal(known.known(sized, inputs), kept)
 
 
 def test_a_small_case_of_nms_launches_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,60 +122,16 @@ def test_a_small_case_of_nms_launches_as_often(monkeypatch: pytest.MonkeyPatch) 
         known.providers["ours"](case, known.make(case, torch.float32, CPU))()
         return list(launches)
 
-    full = [launched(case) for case in known.cases]
-    monkeypatch.setattr(NMS, "BAND", NMS.BAND)  # so that what shrink does is undone
-    known.shrink()
-    assert [launched(case.shrunk()) for case in known.cases] == full
+    for case in every(known):
+        full = launched(case)
+        with known.shrunk():
+            small = launched(case.shrunk())
+        # In sweeps the larger ones go through more bands, of the same kernels.
+        assert set(small) == set(full)
+        assert case in known.sweep or small == full
 
 
 # --- clocks and refusals ---------------------------------------------------------------------
-
-
-def square(case: Case, inputs: bench.Inputs) -> Callable[[], Tensor]:
-    return lambda: inputs["x"] ** 2
-
-
-def slow(seconds: float) -> bench.Provider:
-    def bind(case: Case, inputs: bench.Inputs) -> Callable[[], Tensor]:
-        def call() -> Tensor:
-            time.sleep(seconds)
-            return inputs["x"] ** 2
-
-        return call
-
-    return bind
-
-
-def absent(case: Case, inputs: bench.Inputs) -> Callable[[], Tensor]:
-    raise bench.AbsentError("it is on holiday")
-
-
-def broken(case: Case, inputs: bench.Inputs) -> Callable[[], Tensor]:
-    raise ZeroDivisionError("a bug")
-
-
-def times(factor: float) -> bench.Provider:
-    return lambda case, inputs: lambda: inputs["x"] ** 2 * factor
-
-
-CASE = Case("some", {"n": 1000}, {"n": 10}, dtypes=("fp32",))
-
-
-def squaring(**providers: bench.Provider) -> Bench:
-    """A benchmark of squaring numbers."""
-    return Bench(
-        name="square",
-        cases=(CASE,),
-        sweep=(),
-        make=lambda case, dtype, device: {"x": torch.arange(case.sizes["n"], dtype=dtype)},
-        providers=providers,
-        reference=lambda case, i, mode: (
-            (i["x"].numpy() ** 2,) if mode == "fwd" else (i["x"].numpy() ** 2, 2 * i["x"].numpy())
-        ),
-        bytes=lambda case, mode, itemsize: 2 * itemsize * case.sizes["n"],
-        operations=lambda case, mode: case.sizes["n"],
-        leaves=("x",),
-    )
 
 
 def measure(known: Bench, mode: str = "fwd", **options: Any) -> tuple[list[rows.Row], list[str]]:
@@ -178,15 +142,70 @@ def measure(known: Bench, mode: str = "fwd", **options: Any) -> tuple[list[rows.
     return found, said
 
 
+def test_planted_times_are_what_each_clock_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeTime()
+    device = fake.install(monkeypatch)
+    ours = planted(fake, host=30e-6, cold=50e-6, warm=20e-6)
+    peer = planted(fake, host=400e-6, cold=100e-6, warm=90e-6)
+    known = squaring({"ours": ours, "peer": peer})
+    found = timing.measure(known, CASE, "fp32", "fwd", device, rounds=(5, 5))
+    assert [row["provider"] for row in found] == ["ours", "peer"]
+    for row, device_us, warm_us, eager_us in (
+        (found[0], 50, 20, 80),
+        (found[1], 100, 90, 500),  # the host first, and then the wait for the device
+    ):
+        for quantile in ("p20", "p50", "p80"):
+            assert row[f"device_{quantile}_us"] == pytest.approx(device_us, abs=0.01)
+            assert row[f"warm_{quantile}_us"] == pytest.approx(warm_us, abs=0.01)
+            assert row[f"eager_{quantile}_us"] == pytest.approx(eager_us, abs=0.01)
+        assert row["clock"] == "graph"
+        assert (row["launches"], row["kernels"], row["synchronisations"]) == (2, {"k": 7.0}, 0)
+        assert (row["peak_memory"], row["samples"], row["error"]) == (4000, 5, 0)
+        assert (row["sm_clock_mhz"], row["temperature_c"]) == (1980, 50)
+
+
+def test_what_waits_is_timed_by_events_and_its_waits_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakeTime()
+    device = fake.install(monkeypatch)
+    waiting = planted(fake, host=40e-6, cold=50e-6, warm=20e-6, waits=True)
+    known = squaring({"ours": waiting}, capturable=False)
+    (row,) = timing.measure(known, CASE, "fp32", "fwd", device, rounds=(3, 3))
+    assert row["clock"] == "events"
+    # The device waits for the host between the events, but not for the rubbish before them.
+    assert row["device_p50_us"] == pytest.approx(50, abs=0.01)
+    assert row["warm_p50_us"] == pytest.approx(60, abs=0.01)
+    assert row["eager_p50_us"] == pytest.approx(90, abs=0.01)
+    assert row["synchronisations"] == 1
+    # Captured instead, it is left out with the reason.
+    known = squaring({"ours": waiting})
+    (row,) = timing.measure(known, CASE, "fp32", "fwd", device, rounds=(3, 3))
+    assert row == {
+        "provider": "ours",
+        "left_out": "AssertionError: the host waits for the device in a capture",
+    }
+
+
 def test_a_planted_sleep_is_what_the_callers_clock_shows() -> None:
-    found, _ = measure(squaring(ours=slow(0.004), peer=slow(0.02)), rounds=(5, 5))
-    ours, peer = found
-    assert (ours["samples"], peer["samples"]) == (5, 5)
-    for row, microseconds in ((ours, 4_000), (peer, 20_000)):
-        assert microseconds <= row["eager_p20_us"] <= row["eager_p50_us"] <= row["eager_p80_us"]
-        assert row["eager_p20_us"] < 4 * microseconds
-        assert row["device_p50_us"] is row["launches"] is row["peak_memory"] is row["clock"] is None
-    assert peer["first_call_s"] >= 0.02
+    def slow(case: Case, inputs: bench.Inputs) -> Callable[[], Tensor]:
+        return lambda: (time.sleep(0.01), inputs["x"] ** 2)[1]
+
+    ((row,), _) = measure(squaring({"ours": slow}), rounds=(5, 5))
+    assert 10_000 <= row["eager_p20_us"] <= row["eager_p50_us"] <= row["eager_p80_us"]
+    assert row["eager_p20_us"] < 40_000
+    assert row["device_p50_us"] is row["launches"] is row["peak_memory"] is row["clock"] is None
+    assert row["synchronisations"] is None
+    assert row["first_call_s"] >= 0.01
+
+
+def test_a_case_that_does_not_fit_is_left_out_for_all() -> None:
+    def too_big(*_: Any) -> bench.Inputs:
+        raise torch.OutOfMemoryError
+
+    known = dataclasses.replace(squaring({"ours": square, "peer": square}), make=too_big)
+    found, _ = measure(known)
+    assert found == [{"provider": p, "left_out": "too little memory"} for p in ("ours", "peer")]
 
 
 def test_providers_take_turns_until_their_time_is_up() -> None:
@@ -200,15 +219,19 @@ def test_providers_take_turns_until_their_time_is_up() -> None:
 def test_wrong_absent_and_broken_providers_are_left_out_with_the_reason() -> None:
     found, said = measure(
         squaring(
-            wrong=times(1.001),
-            nan=times(float("nan")),
-            holiday=absent,
-            broken=broken,
-            ours=square,
+            {
+                "wrong": times(1.001),
+                "nan": times(float("nan")),
+                "holiday": absent,
+                "broken": broken,
+                "ours": square,
+            }
         ),
         rounds=(1, 1),
     )
-    assert [row["provider"] for row in found] == ["ours"]
+    assert [row["provider"] for row in found] == ["ours", "wrong", "nan", "holiday", "broken"]
+    assert [row["provider"] for row in found if "eager_p50_us" in row] == ["ours"]
+    assert found[3]["left_out"] == "it is on holiday"
     left_out = [words for words in said if "left out" in words]
     assert [words.split()[0] for words in left_out] == ["wrong", "nan", "holiday", "broken"]
     assert "WRONG" in left_out[0]
@@ -226,12 +249,13 @@ def test_a_wrong_gradient_or_shape_is_refused() -> None:
         return lambda: (inputs["x"] ** 2)[1:]
 
     summed = dataclasses.replace(
-        squaring(ours=lambda case, i: lambda: (i["x"] ** 2).sum(), detached=detached),
+        squaring({"ours": lambda case, i: lambda: (i["x"] ** 2).sum(), "detached": detached}),
         reference=lambda case, i, mode: ((i["x"].numpy() ** 2).sum(), 2 * i["x"].numpy()),
+        known=None,
     )
     found, _ = measure(summed, "fwd+bwd", rounds=(1, 1))
-    assert [row["provider"] for row in found] == ["ours"]
-    assert not measure(squaring(cut=cut), rounds=(1, 1))[0]
+    assert [row["provider"] for row in found if "left_out" not in row] == ["ours"]
+    assert "WRONG" in measure(squaring({"cut": cut}), rounds=(1, 1))[0][0]["left_out"]
 
 
 def test_errors_of_outputs() -> None:
@@ -244,56 +268,29 @@ def test_errors_of_outputs() -> None:
     assert bench.error((torch.zeros(0),), (torch.zeros(0),)) == 0
 
 
-def fake_cuda(log: list[str], elapsed_ms: float) -> SimpleNamespace:
-    """As much of ``torch.cuda`` as the clocks need."""
-
-    class Recorder:
-        def __init__(self, *_: Any, **__: Any) -> None: ...
-        def __enter__(self) -> None:
-            log.append("in")
-
-        def __exit__(self, *_: object) -> None:
-            log.append("out")
-
-        def wait_stream(self, other: object) -> None: ...
-        def record(self) -> None: ...
-        def synchronize(self) -> None: ...
-        def replay(self) -> None:
-            log.append("replay")
-
-        def elapsed_time(self, other: object) -> float:
-            return elapsed_ms
-
-    properties = SimpleNamespace(L2_cache_size=100)
-    return SimpleNamespace(
-        Stream=Recorder,
-        Event=Recorder,
-        CUDAGraph=Recorder,
-        stream=Recorder,
-        graph=Recorder,
-        current_stream=Recorder,
-        get_device_properties=lambda device: properties,
-    )
-
-
 @pytest.mark.parametrize(("sets", "calls"), [(2, 20), (3, 21), (40, 40)])
 def test_a_graph_takes_turns_on_its_inputs_and_shares_its_time_among_its_calls(
     monkeypatch: pytest.MonkeyPatch, sets: int, calls: int
 ) -> None:
-    log: list[str] = []
-    monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=fake_cuda(log, elapsed_ms=6.0)))
-    thunks = [lambda i=i: (log.append(str(i)), ())[1] for i in range(sets)]  # type: ignore[misc]
-    sample = timing._graph_sampler(thunks)  # type: ignore[arg-type]
-    warm_up, capture, _ = (part.split() for part in " ".join(log).split("out"))
-    assert warm_up == ["in", *(str(i) for i in range(min(sets, 3)))]
-    assert capture == ["in", *(str(i % sets) for i in range(calls))]
-    assert sample() == pytest.approx(6e-3 / calls)
-    assert log[-1] == "replay"
+    fake = FakeTime()
+    device = fake.install(monkeypatch)
+    log: list[tuple[int, bool]] = []
+
+    def call(i: int) -> tuple[()]:
+        log.append((i, fake.captured is not None))
+        fake.work(1.0 + i)
+        return ()
+
+    thunks = [functools.partial(call, i) for i in range(sets)]
+    sample = timing._graph_sampler(thunks, 20, device)
+    assert [i for i, captured in log if not captured] == list(range(min(sets, 3)))
+    turns = [i for i, captured in log if captured]
+    assert turns == [i % sets for i in range(calls)]
+    assert sample() == pytest.approx(sum(1.0 + i for i in turns) / calls)
 
 
 def test_inputs_outgrow_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=fake_cuda([], 0)))
-    cuda = torch.device("cuda")
-    assert timing._sets(10, cuda) + 1 == 30  # of 10 bytes, against 100 of cache
-    assert timing._sets(10**9, cuda) + 1 == 2
-    assert timing._sets(1, cuda) + 1 == 300
+    device = FakeTime().install(monkeypatch)
+    assert timing._sets(L2_BYTES // 10, device) + 1 == 30
+    assert timing._sets(10**9, device) + 1 == 2
+    assert timing._sets(1, device) + 1 == timing._SETS

@@ -27,7 +27,7 @@ from .machine_code import MachineCode
 
 # Name: backend, architecture, threads in a warp.
 TARGETS: dict[str, tuple[str, int | str, int]] = {
-    **{f"sm_{arch}": ("cuda", arch, 32) for arch in (80, 90, 100, 120)},
+    **{f"sm_{arch}": ("cuda", arch, 32) for arch in (80, 89, 90, 100, 120)},
     **{arch: ("hip", arch, 64) for arch in ("gfx90a", "gfx942", "gfx950")},
 }
 CASES = "tests.gate_cases:CASES"
@@ -60,8 +60,12 @@ class Record:
         return f"{self.kernel}[{values}] {self.target} ({self.case})"
 
 
+# Each takes some seconds to start; beside them, tests may be running.
+PROCESSES = min(8, max(2, (os.cpu_count() or 2) // 2))
+
+
 def run_gate(
-    cases: str = CASES, targets: Sequence[str] = tuple(TARGETS), processes: int = 2
+    cases: str = CASES, targets: Sequence[str] = tuple(TARGETS), processes: int = PROCESSES
 ) -> list[Record]:
     """Compile every launch of `cases` for every target.
 
@@ -156,7 +160,7 @@ def main() -> None:
     parser.add_argument("--cases", default=CASES, help="module:NAME of a list of (name, function)")
     parser.add_argument("--targets", default=",".join(TARGETS), help="separated by commas")
     parser.add_argument("--json", type=Path, help="write the records here, one per line")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=PROCESSES)
     options = parser.parse_args()
     records = run_gate(options.cases, options.targets.split(","), options.processes)
     if options.json:

@@ -1,0 +1,69 @@
+"""What a call should take on a GPU that is not here, from its machine code and counted traffic.
+
+A kernel takes as long as the slowest of what it does, each at the rate that its programs can reach
+on the cores that they fill:
+
+    bytes               sectors touched, at the speed of a copy
+    instructions        of all kinds, at one per scheduler and clock
+    special functions   at their own rate
+
+and a call takes as long as its kernels one after another, with a gap before each. Not in it: the
+latency of memory, caches that serve a second reading, branches not taken, and what torch's own
+kernels do beyond being launched. The report shows where measurements disagree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .gpus import Gpu
+
+# Between two kernels that depend on each other, in a graph.
+GAP_S = 2e-6
+# Warps that a core needs to issue at every clock, where each has an instruction ready every other
+# clock: two for each of four schedulers.
+BUSY_WARPS = 8
+# What a core can read from L2, per clock.
+CORE_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What all the launches of one kernel in a call amount to."""
+
+    times: int
+    programs: float  # of one launch
+    num_warps: int
+    registers: int
+    shared: int
+    instructions: float  # in all, of one lane
+    special: float
+    bytes: float
+
+
+def seconds(gpu: Gpu, launch: Launch) -> tuple[float, str]:
+    """How long the launches take without the gaps, and what limits them."""
+    programs = max(launch.programs, 1.0)
+    per_core = -(-programs // gpu.cores)
+    # Of the cores in the long run: those that have a program, and less where the last round of
+    # programs leaves some idle.
+    cores = programs / per_core
+    resident = gpu.resident(launch.registers, launch.shared, launch.num_warps)
+    warps = min(max(resident, 1), per_core) * launch.num_warps
+    issuing = min(1.0, warps / BUSY_WARPS)
+    rates = {
+        "bytes": (launch.bytes, min(gpu.copy_bytes_per_s, cores * CORE_BYTES * gpu.clock_hz)),
+        "instructions": (launch.instructions, cores * gpu.issue * issuing * gpu.clock_hz),
+        "special functions": (launch.special, cores * gpu.special * gpu.clock_hz),
+    }
+    times = {name: amount / rate for name, (amount, rate) in rates.items()}
+    limit = max(times, key=lambda name: times[name])
+    return times[limit], limit
+
+
+def call(parts: list[tuple[float, str]], launches: int) -> tuple[float, str]:
+    """The time of a whole call with its gaps, and what takes most of it."""
+    shares: dict[str, float] = {"launches": launches * GAP_S}
+    for time, limit in parts:
+        shares[limit] = shares.get(limit, 0.0) + time
+    return sum(shares.values()), max(shares, key=lambda name: shares[name])

@@ -1,0 +1,55 @@
+"""One small call of every kernel, for compute-sanitizer: ``python -m dlops_triton.perf.sanitize``.
+
+Sizes are ragged, so that the last block of every kernel has lanes outside the data.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dlops_triton import batched_nms, box_iou, nms, sigmoid_focal_loss
+
+from .bench import load
+
+DONE = "every call came back"
+
+
+def calls(device: torch.device) -> None:
+    """Call every op forward and, where it has a gradient, backward."""
+    g = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.rand(*shape, generator=g).to(device, dtype)
+
+    def boxes(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        corner = random(*shape, 2) * 100
+        return torch.cat([corner, corner + random(*shape, 2) * 30], dim=-1).to(dtype)
+
+    labels = torch.randint(0, 84, (131,), generator=g).to(device)
+    for dtype, targets, weight in (
+        (torch.bfloat16, labels, random(131)),
+        (torch.float32, random(131, 83), random(131, 83)),
+    ):
+        x = random(131, 83, dtype=dtype).requires_grad_()
+        sigmoid_focal_loss(x, targets, reduction="sum", weight=weight).backward()
+        loss = sigmoid_focal_loss(x, targets, weight=weight)
+        loss.backward(random(*loss.shape, dtype=dtype))
+
+    for dtype in (torch.bfloat16, torch.float32):
+        a = boxes(2, 133, dtype=dtype).requires_grad_()
+        b = boxes(2, 71, dtype=dtype).requires_grad_()
+        iou = box_iou(a, b)
+        iou.backward(random(*iou.shape, dtype=dtype))
+
+    n = 1301  # boxes, which are several bands of a shrunk NMS
+    classes = torch.randint(0, 3, (n,), generator=g).to(device)
+    with load("nms").shrunk():
+        nms(boxes(n), random(n), 0.5, score_threshold=0.1)
+        batched_nms(boxes(n, dtype=torch.float16), random(n), classes, 0.5)
+
+
+if __name__ == "__main__":
+    calls(torch.device("cuda"))
+    torch.cuda.synchronize()
+    print(DONE)
