@@ -1,8 +1,13 @@
-"""Benchmarks: ``python -m dlops_triton.perf run`` times the ops where there is a GPU.
+"""The performance lab: ``python -m dlops_triton.perf``; README.md says how to read what it finds.
 
-Without one it says what is known anyway. ``bench`` says what a benchmark is, and the modules of
-``OPS`` hold one each, as ``BENCH``. ``timing`` and ``machine`` measure, ``static`` reports without
-a GPU, ``rows`` keeps results and ``roofline`` draws them.
+One benchmark per op, a ``BENCH`` in the module of that name, of what ``bench`` defines. Beside it:
+
+measuring      ``run`` (a run and its budget), ``timing`` (the clocks), ``machine`` and ``probe``
+               (the GPU and its roofs), ``compare`` (another commit), ``gpu_check``, ``sanitize``
+without a GPU  ``static``, ``counting``, ``model`` and ``gpus`` (the makers' numbers)
+tuning         ``tune`` and ``candidates``
+results        ``rows`` (the files), ``points`` (their numbers), ``roofline``, ``plots``, ``marks``
+               and ``ink`` (the pictures), ``report``, ``sections``, ``page`` and ``causes``
 """
 
 OPS = ("focal", "iou", "nms")

@@ -59,7 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     report_.set_defaults(command=_report)
     _add_files(report_)
     report_.add_argument(
-        "--readme", type=Path, metavar="FILE", help="also put the table into this Markdown file"
+        "--readme",
+        type=Path,
+        metavar="FILE",
+        help="also put table and picture into this Markdown file",
     )
 
     tune_ = commands.add_parser("tune", help="search the launch settings for the GPU at hand")
@@ -141,8 +144,8 @@ def _report(options: argparse.Namespace) -> int:
     for file in report.write(found, options.out):
         print(file)
     if options.readme:
-        report.update_readme(options.readme, found)
-        print(options.readme)
+        for file in report.update_readme(options.readme, found):
+            print(file)
     return 0
 
 

@@ -85,13 +85,6 @@ def _number(text: str) -> float | None:
         return None
 
 
-def state(device: torch.device) -> Row:
-    """Clocks, temperature and power now."""
-    with Watch(device) as watch:
-        pass
-    return watch.row
-
-
 def known(name: str) -> Gpu | None:
     """What the maker says of a GPU, by the name that its driver gives it."""
     return next((g for g in gpus.GPUS.values() if g.name == name), None)

@@ -38,7 +38,7 @@ OUT = ROOT / "perf" / "out"
 PREDICTED = "predicted.jsonl"
 
 # What makes two rows rows of the same thing, of which the newer counts.
-KEY = ("kind", "gpu", "op", "case", "mode", "dtype", "provider", "setting", "candidate")
+KEY = ("kind", "gpu", "op", "case", "mode", "dtype", "provider", "setting", "candidate", "base")
 # What must agree, beside, for a measurement not to be repeated.
 SAME_CODE = ("commit", "torch", "triton", "driver")
 

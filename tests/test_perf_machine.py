@@ -16,7 +16,7 @@ from dlops_triton import _dispatch
 
 pytest.importorskip("tqdm", reason="perf needs the extra 'perf'")
 
-from dlops_triton.perf import gpus, machine, probe
+from dlops_triton.perf import gpus, machine, probe, rows
 
 NOTHING = dict.fromkeys(("sm_clock_mhz", "memory_clock_mhz", "temperature_c", "power_w"))
 
@@ -37,10 +37,16 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path
     return install
 
 
+def state(device: torch.device) -> rows.Row:
+    with machine.Watch(device) as watch:
+        pass
+    return watch.row
+
+
 def test_the_clocks_are_those_of_the_gpu_by_its_uuid(smi: Callable[[str], Path]) -> None:
     arguments = smi("echo '1980, 2619, 45, 312.45'")
     want = {"sm_clock_mhz": 1980, "memory_clock_mhz": 2619, "temperature_c": 45, "power_w": 312.45}
-    assert machine.state(torch.device("cuda", 1)) == want
+    assert state(torch.device("cuda", 1)) == want
     assert arguments.read_text().split() == [
         "--id=GPU-1234-5678",
         "--query-gpu=clocks.sm,clocks.mem,temperature.gpu,power.draw",
@@ -64,7 +70,7 @@ def test_what_nvidia_smi_does_not_know_is_none(
     smi: Callable[[str], Path], script: str, known: dict[str, float]
 ) -> None:
     smi(script)
-    assert machine.state(torch.device("cuda")) == NOTHING | known
+    assert state(torch.device("cuda")) == NOTHING | known
 
 
 def test_without_nvidia_smi_or_without_a_gpu_nothing_is_known(
@@ -74,8 +80,8 @@ def test_without_nvidia_smi_or_without_a_gpu_nothing_is_known(
     properties = SimpleNamespace(uuid="1234")
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        assert machine.state(torch.device("cuda")) == NOTHING
-    assert machine.state(torch.device("cpu")) == NOTHING
+        assert state(torch.device("cuda")) == NOTHING
+    assert state(torch.device("cpu")) == NOTHING
 
 
 def test_nvidia_smi_looks_while_the_watched_work_runs(
