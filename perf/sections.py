@@ -60,6 +60,10 @@ def number(value: float | None, write: Callable[[float], str] = digits, kind: st
     return Cell("") if value is None else Cell(write(value), value, kind)
 
 
+def _whole(value: float) -> str:
+    return f"{value:,.0f}"
+
+
 def _us(row: Row, clock: str = "device") -> Cell:
     time = seconds(row, clock)
     return number(None if time is None else time * 1e6)
@@ -236,12 +240,12 @@ def _line(row: Row, ours: Row | None) -> list[Cell | str]:
         number(row.get("device_p20_us")), number(row.get("device_p80_us")),
         _us(row, "warm"), _us(row, "eager"), _share(row),
         speed_up(ratio(row, ours) if is_peer and ours else None),
-        *(number(row.get(name)) for name in ("launches", "synchronisations")),
+        *(number(row.get(name), _whole) for name in ("launches", "synchronisations")),
         number(None if memory is None else memory / 1e6),
         number(row.get("first_call_s")), number(row.get("error"), lambda v: f"{v:.0e}"),
         str(row.get("clock") or ""),
         *(
-            number(row.get(name), lambda v: f"{v:,.0f}")
+            number(row.get(name), _whole)
             for name in ("samples", "sm_clock_mhz", "memory_clock_mhz", "temperature_c", "power_w")
         ),
         Cell(str(row.get("left_out") or ""), kind="soft"),
@@ -275,7 +279,7 @@ def _cases(members: Sequence[Row], rows: Sequence[Row]) -> str:
             [
                 row["op"], *_work(row), _us(row), str(row["limit"]),
                 _share(row), number(row["bytes"], lambda v: si(v, "B")), *traffic,
-                number(row.get("launches")), number(None if memory is None else memory / 1e6),
+                number(row.get("launches"), _whole), number(None if memory is None else memory / 1e6),
             ]
         )  # fmt: skip
     return table(columns, lines, caption("Cases", members, rows))
@@ -293,7 +297,7 @@ def _kernels(members: Sequence[Row], rows: Sequence[Row]) -> str:
         [
             kernel["kernel"], Cell(_constants(kernel), kind="long"),
             f"{row['op']} {row['case']} {row['dtype']} {row['mode']}",
-            *(number(kernel.get(name), lambda v: f"{v:,.0f}")
+            *(number(kernel.get(name), _whole)
               for name in ("registers", "spilled", "stack", "shared", "warps")),
             number(kernel.get("occupancy"), lambda v: f"{v:.0%}"),
             number(kernel.get("per_element")), number(kernel.get("special_per_element")),
