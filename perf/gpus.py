@@ -3,9 +3,9 @@
 Nothing here is measured by this project; `probe` measures, and the report shows both. Rates are
 those of the boost clock, which a GPU under load may not hold.
 
-Sources. H200: NVIDIA H200 datasheet (2024) and H100 architecture whitepaper (the same GH100 chip).
-A100: NVIDIA A100 80GB datasheet and A100 architecture whitepaper. RTX 4090: NVIDIA Ada architecture
-whitepaper v2, appendix A. Registers, warps, programs and shared memory of all three: CUDA C++
+Sources. H200, H100: their datasheets (SXM) and the H100 architecture whitepaper (one chip, GH100).
+A100: datasheet of the 80 GB SXM model, A100 architecture whitepaper. RTX 4090: Ada architecture
+whitepaper v2, appendix A. Registers, warps, programs and shared memory of all these: CUDA C++
 programming guide, "Technical specifications per compute capability"; special functions per clock:
 the same, "Arithmetic instructions". MI300X: AMD Instinct MI300X datasheet, CDNA 3 whitepaper and
 CDNA 3 instruction set reference guide.
@@ -13,7 +13,7 @@ CDNA 3 instruction set reference guide.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -85,6 +85,9 @@ H200 = Gpu(
     shared_bytes=228 * KIB,
     shared_reserved=KIB,
 )
+H100 = replace(
+    H200, name="NVIDIA H100 80GB HBM3", dram_bytes_per_s=3.35e12, l2_bytes=50 * MIB
+)  # SXM5
 A100 = Gpu(
     name="NVIDIA A100-SXM4-80GB",
     target="sm_80",
@@ -142,4 +145,4 @@ MI300X = Gpu(
 )
 
 # By the name that the command line takes.
-GPUS = {"H200": H200, "A100": A100, "4090": RTX_4090, "MI300X": MI300X}
+GPUS = {"H200": H200, "H100": H100, "A100": A100, "4090": RTX_4090, "MI300X": MI300X}

@@ -20,6 +20,7 @@ from .rows import Row
 
 # Sampling a provider on a job ends after so long, or sooner where a budget leaves less.
 SHARE_S = 3.0
+_AGAIN_S = 1.0
 
 
 class SpentError(BaseException):
@@ -41,8 +42,9 @@ def deadline(seconds: float | None) -> Iterator[None]:
         raise SpentError
 
     before = signal.signal(signal.SIGALRM, ring)
-    # A tenth of a second at least: 0 would set no alarm.
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1))
+    # Again and again, for some code takes any exception for a failure of its own. A tenth of a
+    # second at least: 0 would set no alarm.
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1), _AGAIN_S)
     try:
         yield
     finally:

@@ -279,7 +279,8 @@ def _cases(members: Sequence[Row], rows: Sequence[Row]) -> str:
             [
                 row["op"], *_work(row), _us(row), str(row["limit"]),
                 _share(row), number(row["bytes"], lambda v: si(v, "B")), *traffic,
-                number(row.get("launches"), _whole), number(None if memory is None else memory / 1e6),
+                number(row.get("launches"), _whole),
+                number(None if memory is None else memory / 1e6),
             ]
         )  # fmt: skip
     return table(columns, lines, caption("Cases", members, rows))

@@ -44,7 +44,7 @@ def run(
         return 2
     print("No GPU found: counting and compiling instead. Nothing here is a measurement of speed.")
     names = [cases, *(bench.name for bench in benches), *dtypes]
-    counted, records = _count_and_compile(names, [gpu.target for gpu in gpus])
+    counted, records = _count_and_compile(names, list(dict.fromkeys(gpu.target for gpu in gpus)))
     by_name = {bench.name: bench for bench in benches}
     common = {"kind": "predicted", "provider": "ours"} | rows.provenance(commit)
     found = [

@@ -179,6 +179,7 @@ def _measure(
         try:
             contenders.append(problem.contender(provider, say))
         except Exception as e:  # a peer that breaks must not end the run
+            _raise_interrupt(e)
             reason = str(e) if isinstance(e, AbsentError | RefusedError) else _short(e)
             say(provider, f"left out: {reason}")
             left_out.append({"provider": provider, "left_out": reason})
@@ -199,6 +200,15 @@ def _measure(
         row["launches"] = sum(count for count, _ in kernels.values()) or None
         row["kernels"] = {name: round(us, 3) for name, (_, us) in kernels.items()}
     return rows + left_out
+
+
+def _raise_interrupt(error: BaseException) -> None:
+    """Raise what an error took the place of if that was to end the run, as Ctrl-C in a capture."""
+    cause = error.__cause__ or error.__context__
+    if cause is not None:
+        if not isinstance(cause, Exception):
+            raise cause
+        _raise_interrupt(cause)
 
 
 def _short(error: Exception) -> str:

@@ -275,7 +275,7 @@ def test_the_readme_shows_what_its_rows_say(tmp_path: Path) -> None:
     _, picture = report.update_readme(copy, read(sorted(RESULTS.glob("*.jsonl"))), results)
     assert copy.read_text() == readme
     kept = (RESULTS / picture.name).read_text()
-    assert re.findall("aria-label=.*?\"", kept) == re.findall("aria-label=.*?\"", picture.read_text())
+    assert re.findall('aria-label=.*?"', kept) == re.findall('aria-label=.*?"', picture.read_text())
 
 
 # --- in a browser ----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ pytest.importorskip("tqdm", reason="perf needs the extra 'perf'")
 
 from dlops_triton import _dispatch
 from dlops_triton.perf import bench, counting, model, rows, static
-from dlops_triton.perf.gpus import A100, GPUS, H200, KIB, MI300X, RTX_4090, Gpu
+from dlops_triton.perf.gpus import A100, GPUS, H100, H200, KIB, MI300X, RTX_4090, Gpu
 from tests.tools.compile_gate import TARGETS
 
 # --- GPUs ------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def test_programs_that_a_core_holds(
 
 def test_rates_are_the_makers() -> None:
     """TFLOP/s in fp32, a fused multiply-add counting twice, as their datasheets have them."""
-    stated = {"H200": 67, "A100": 19.5, "4090": 82.6, "MI300X": 163.4 / 2}
+    stated = {"H200": 67, "H100": 67, "A100": 19.5, "4090": 82.6, "MI300X": 163.4 / 2}
     for name, gpu in GPUS.items():
         assert 2 * gpu.instructions_per_s / 1e12 == pytest.approx(stated[name], rel=0.01)
         assert gpu.copy_bytes_per_s < gpu.dram_bytes_per_s
@@ -145,17 +145,17 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The rows of a whole report, of the cheapest op and dtype, for two GPUs."""
     out = tmp_path_factory.mktemp("static") / "predicted.jsonl"
     benches = [bench.load("focal")]
-    assert static.run(benches, ["bf16"], "small", [H200, MI300X], out, "abc") == 0
+    assert static.run(benches, ["bf16"], "small", [H200, H100, MI300X], out, "abc") == 0
     return out
 
 
 def test_the_report_joins_traffic_and_machine_code(file: Path) -> None:
     found = rows.read([file])
-    assert len(found) == 2 * 3 * 2  # GPUs, cases, modes
+    assert len(found) == 3 * 3 * 2  # GPUs, cases, modes
     forward, both = (row for row in found[:2])
     assert (forward["case"], forward["mode"], both["mode"]) == ("1024x80", "fwd", "fwd+bwd")
     assert {row["kind"] for row in found} == {"predicted"}
-    assert {row["gpu"] for row in found} == {H200.name, MI300X.name}
+    assert {row["gpu"] for row in found} == {H200.name, H100.name, MI300X.name}
     assert (forward["launches"], both["launches"]) == (1, 2)
     # 512 rows of 80 logits in bf16, a label for each, a partial sum for each program.
     assert forward["small_bytes"] == 512 * 80 * 2 + 512 * 8
