@@ -151,7 +151,9 @@ def _peak_memory(call: Callable[[], Any]) -> int:
     """Bytes that a call on CPU tensors holds at its worst moment beside its inputs."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    activities = [ProfilerActivity.CPU]
+    # Some torch versions warn of what happens in several cycles unless events are accumulated.
+    with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
         kept = call()
     events = profiler.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")

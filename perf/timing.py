@@ -371,7 +371,7 @@ def kernel_times(call: Callable[[], object], device: torch.device) -> dict[str, 
     from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         call()
         synchronize(device)
     for event in profiler.events() or ():
