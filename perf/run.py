@@ -82,11 +82,11 @@ def run(
         return done
     try:
         with deadline(budget_s), tqdm(todo, unit="case", disable=None) as bar:
+            timing.kernel_times(lambda: None, device)  # the profiler slows all launches, or none
             bar.set_description("measuring the roofs")
             roofs = machine.roofs(device, lambda name, why: bar.write(f"no {name}: {why}"))
             rows.append(file, [{"kind": "probe", "roofs": roofs} | where])
             bar.write(f"{where['gpu']}; rows go to {file}")
-            timing.kernel_times(lambda: None, device)  # the profiler slows all cases, or none
             for number, job in enumerate(bar):
                 left = None if budget_s is None else start + budget_s - time.monotonic()
                 if left is not None and left <= 0:

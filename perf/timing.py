@@ -10,6 +10,7 @@ that a drift of the clocks meets all alike.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import sys
@@ -17,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -265,7 +267,7 @@ def _graph_sampler(calls: Sequence[Call], least: int, device: torch.device) -> S
     # Outputs are kept for one turn, so that they too go to different memory.
     kept: list[Outputs] = [()] * len(calls)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with _capture(graph, device):
         for i in range(count):
             kept[i % len(calls)] = calls[i % len(calls)]()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -281,6 +283,23 @@ def _graph_sampler(calls: Sequence[Call], least: int, device: torch.device) -> S
 
     sample()
     return sample
+
+
+@contextlib.contextmanager
+def _capture(graph: Any, device: torch.device) -> Iterator[None]:
+    """``torch.cuda.graph``, and after a failure the device as it was.
+
+    torch 2.11 leaves the stream current and the memory pool in use, and then no capture works.
+    """
+    before, pool = torch.cuda.current_stream(device), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            yield
+    except BaseException:
+        torch.cuda.set_stream(before)
+        with contextlib.suppress(Exception):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        raise
 
 
 def _event_sampler(calls: Sequence[Call], device: torch.device) -> Sampler:

@@ -30,6 +30,7 @@ class FakeTime:
         self.device = 0.0
         self.captured: list[float] | None = None
         self.sync_mode: int | str = 0
+        self.freed: list[object] = []  # pools of captures that failed
         self.alarm: tuple[float, type[BaseException]] | None = None
 
     def perf_counter(self) -> float:
@@ -94,10 +95,12 @@ class FakeTime:
                 fake.work(sum(self.work))
 
         @contextlib.contextmanager
-        def graph(made: Any) -> Iterator[None]:
+        def graph(made: Any, pool: object) -> Iterator[None]:
             fake.captured = made.work = []
-            yield
-            fake.captured = None
+            try:
+                yield
+            finally:
+                fake.captured = None
 
         def set_sync_debug_mode(mode: int | str) -> None:
             fake.sync_mode = mode
@@ -106,15 +109,18 @@ class FakeTime:
             CUDAGraph=Graph,
             Event=Event,
             Stream=Stream,
+            current_device=lambda: 0,
             current_stream=Stream,
             empty_cache=lambda: None,
             get_device_properties=lambda device: SimpleNamespace(L2_cache_size=L2_BYTES),
             get_sync_debug_mode=lambda: fake.sync_mode,
             graph=graph,
+            graph_pool_handle=object,
             is_available=lambda: True,
             max_memory_allocated=lambda device: 5000,
             memory_allocated=lambda device: 1000,
             reset_peak_memory_stats=lambda device: None,
+            set_stream=lambda stream: None,
             set_sync_debug_mode=set_sync_debug_mode,
             stream=lambda stream: contextlib.nullcontext(),
             synchronize=fake.wait,
@@ -128,6 +134,9 @@ class FakeTime:
                 self.work(1.0)  # so long that it would show
 
         fake_torch = SimpleNamespace(
+            _C=SimpleNamespace(
+                _cuda_endAllocateToPool=lambda device, pool: self.freed.append(pool)
+            ),
             _dynamo=SimpleNamespace(reset=lambda: None),
             cuda=self.cuda,
             empty=lambda *_, **__: Rubbish(),

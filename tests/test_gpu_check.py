@@ -148,6 +148,18 @@ def test_the_total_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [(r.outcome, r.says) for r in others] == [("skipped", "no time was left")] * 2
 
 
+def test_steps_leave_the_later_ones_what_they_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "GRACE_S", 0.2)
+    hangs = step("hangs", "import time; time.sleep(60)", limit_s=30.0)
+    last = step("last", "print('done')", needs_s=10.0)
+    assert gpu_check.check([hangs, last], tmp_path, (), WHERE, total_s=12.0) == 1
+    first, second = results(tmp_path)
+    assert (first.outcome, first.says[:9]) == ("timed out", "after 2 s")
+    assert (second.outcome, second.says) == ("ok", "done")
+
+
 def test_interrupted_it_still_sums_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

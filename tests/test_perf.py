@@ -185,6 +185,7 @@ def test_what_waits_is_timed_by_events_and_its_waits_are_counted(
         "provider": "ours",
         "left_out": "AssertionError: the host waits for the device in a capture",
     }
+    assert len(fake.freed) == 1
 
 
 def test_a_planted_sleep_is_what_the_callers_clock_shows() -> None:

@@ -386,5 +386,4 @@ def test_a_gpu_shows_every_roof(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not said
     assert all(value > 0 for value in found.values())
     assert found["matmul_bf16_flop_per_s"] > found["matmul_fp32_flop_per_s"]
-    assert found["l2_bytes_per_s"] > found["copy_bytes_per_s"]
     assert torch.cuda.memory_reserved(device) <= held + 64 * MIB  # cuBLAS keeps its workspace
