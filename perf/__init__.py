@@ -2,6 +2,7 @@
 
 One benchmark per op, a ``BENCH`` in the module of that name, of what ``bench`` defines. Beside it:
 
+command line   ``cli``
 measuring      ``run`` (a run and its budget), ``timing`` (the clocks), ``machine`` and ``probe``
                (the GPU and its roofs), ``compare`` (another commit), ``gpu_check``, ``sanitize``
 without a GPU  ``static``, ``counting``, ``model`` and ``gpus`` (the makers' numbers)

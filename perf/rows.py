@@ -39,6 +39,15 @@ PREDICTED = "predicted.jsonl"
 
 # What makes two rows rows of the same thing, of which the newer counts.
 KEY = ("kind", "gpu", "op", "case", "mode", "dtype", "provider", "setting", "candidate", "base")
+# What a row must have to be read, by its kind.
+_WORK = ("op", "case", "mode", "dtype", "provider", "sizes", "bytes", "operations", "command")
+_NEEDED = {
+    "measured": ("gpu", "date", *_WORK),
+    "predicted": ("gpu", "date", *_WORK, "predicted_us", "limit", "kernels"),
+    "probe": ("gpu", "date", "roofs"),
+    "tuned": ("gpu", "date", "setting"),
+    "compared": ("gpu", "date", "base"),
+}
 # What must agree, beside, for a measurement not to be repeated.
 SAME_CODE = ("commit", "torch", "triton", "driver")
 
@@ -59,10 +68,16 @@ def append(file: Path, rows: Iterable[Row]) -> None:
 
 
 def read(files: Iterable[Path]) -> list[Row]:
-    """The newest row of each thing; of rows equally old, the later one. Broken lines are told."""
+    """The newest row of each thing; of rows equally old, the later one.
+
+    Lines that are no row, of a kind that is not known or without what it needs, are told of.
+    """
     newest: dict[tuple[Any, ...], Row] = {}
     for file in files:
         for row in read_all(file):
+            if why := _misfit(row):
+                print(f"{file}: {why}, so left out", file=sys.stderr)
+                continue
             key = tuple(_hashable(row.get(name)) for name in KEY)
             if key not in newest or row.get("date", "") >= newest[key].get("date", ""):
                 newest[key] = row
@@ -82,6 +97,14 @@ def read_all(file: Path) -> list[Row]:
         elif line.strip():
             print(f"{file}:{number}: not a whole row, so left out", file=sys.stderr)
     return found
+
+
+def _misfit(row: Row) -> str:
+    needed = _NEEDED.get(str(row.get("kind")))
+    if needed is None:
+        return f"a row of the unknown kind {row.get('kind')!r}"
+    lacking = [name for name in needed if name not in row]
+    return f"a {row['kind']} row without {', '.join(lacking)}" if lacking else ""
 
 
 def _hashable(value: Any) -> Any:

@@ -22,8 +22,7 @@ from dlops_triton import _dispatch, kernels
 pytest.importorskip("tqdm", reason="perf needs the extra 'perf'")
 pytest.importorskip("matplotlib", reason="perf needs the extra 'perf'")
 
-from dlops_triton.perf import __main__ as cli
-from dlops_triton.perf import gpu_check, rows, sanitize
+from dlops_triton.perf import cli, gpu_check, rows, sanitize
 from dlops_triton.perf.gpu_check import Result, Step
 
 WHERE = dict.fromkeys(("driver", "torch", "triton", "commit"), "1.2") | {

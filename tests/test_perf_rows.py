@@ -16,7 +16,21 @@ pytest.importorskip("tqdm", reason="perf needs the extra 'perf'")
 from dlops_triton.perf import rows
 
 ROOT = Path(__file__).parents[1]
-FIRST = {"kind": "measured", "op": "nms", "case": "a", "date": "2000-01-02", "us": 1.0}
+FIRST = {
+    "kind": "measured",
+    "gpu": "y",
+    "op": "nms",
+    "case": "a",
+    "mode": "fwd",
+    "dtype": "fp32",
+    "provider": "ours",
+    "sizes": {"n": 1},
+    "bytes": 1,
+    "operations": 1,
+    "date": "2000-01-02",
+    "command": "run",
+    "us": 1.0,
+}
 SECOND = FIRST | {"case": "b"}
 
 
@@ -32,7 +46,8 @@ def test_rows_round_trip_and_the_newest_counts(tmp_path: Path) -> None:
 
 def test_measurements_of_different_gpus_and_candidates_stay_apart(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    different = [FIRST, FIRST | {"gpu": "x"}, FIRST | {"kind": "predicted"}]
+    predicted = {"kind": "predicted", "predicted_us": 1.0, "limit": "bytes", "kernels": []}
+    different = [FIRST, FIRST | {"gpu": "x"}, FIRST | predicted]
     different += [FIRST | {"candidate": {"BLOCK": block}} for block in (256, 512)]
     rows.append(file, different)
     assert rows.read([file]) == different
@@ -50,6 +65,20 @@ def test_a_line_that_was_cut_short_costs_that_line_only(
     assert f"{file}:2: not a whole row" in capsys.readouterr().err
     rows.append(file, [SECOND])
     assert rows.read([file]) == [FIRST, SECOND]
+
+
+def test_rows_that_nothing_can_be_made_of_are_left_out_with_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    short = {k: v for k, v in FIRST.items() if k not in ("gpu", "bytes")}
+    rows.append(file, [{"no": "kind"}, {"kind": "static"}, short, FIRST])
+    assert rows.read([file]) == [FIRST]
+    assert capsys.readouterr().err.splitlines() == [
+        f"{file}: a row of the unknown kind None, so left out",
+        f"{file}: a row of the unknown kind 'static', so left out",
+        f"{file}: a measured row without gpu, bytes, so left out",
+    ]
 
 
 def test_processes_that_write_at_once_do_not_mix_their_lines(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,8 @@ from torch import Tensor
 pytest.importorskip("tqdm", reason="perf needs the extra 'perf'")
 pytest.importorskip("matplotlib", reason="perf needs the extra 'perf'")
 
-from dlops_triton.perf import __main__ as cli
-from dlops_triton.perf import bench, compare, machine, rows, run, static, tune
+from dlops_triton.perf import __main__ as entry
+from dlops_triton.perf import bench, cli, compare, machine, rows, run, static, tune
 from dlops_triton.perf.bench import Bench, Case, Job
 from dlops_triton.perf.gpus import GPUS
 from tests.fakes import CASE, FakeTime, absent, planted, square, squaring, times
@@ -186,6 +187,29 @@ def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
         assert cli.main([command, empty, "--out", str(tmp_path)]) == 2
         assert "no result rows" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [Path(empty)]
+
+
+def test_missing_files_and_an_interrupt_are_no_tracebacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for of in ("plot", "report"):
+        assert cli.main([of, str(tmp_path / "none.jsonl")]) == 2
+        assert f"no such file: {tmp_path / 'none.jsonl'}" in capsys.readouterr().out
+
+    def interrupted(*_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(static, "run", interrupted)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["run"]) == 130
+
+
+def test_what_is_not_installed_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert entry.main() == 2
+    assert "perf needs tqdm and matplotlib: pip install" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def main() -> None:
             names = set(archive.namelist())
         tops = {name.split("/")[0] for name in names}
         assert {t for t in tops if not t.endswith(".dist-info")} == {"dlops_triton"}, tops
-        for part in ("py.typed", "kernels/nms.py", "reference/nms.py", "perf/__main__.py"):
+        for part in ("py.typed", "kernels/nms.py", "reference/nms.py", "perf/cli.py"):
             assert f"dlops_triton/{part}" in names, f"the wheel lacks {part}"
         environment = Path(folder, "environment")
         venv.create(environment, with_pip=True)
