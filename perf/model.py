@@ -31,7 +31,6 @@ CORE_BYTES = 64
 class Launch:
     """What all the launches of one kernel in a call amount to."""
 
-    times: int
     programs: float  # of one launch
     num_warps: int
     registers: int

@@ -107,7 +107,7 @@ def predict(row: Row, bench: Bench, records: Sequence[Any], gpu: Gpu) -> Row:
     """A row with the machine code of its kernels for a GPU, and the time that they should take."""
     kernels = []
     parts = []
-    for name, (times, programs) in row["programs"].items():
+    for name, (_, programs) in row["programs"].items():
         launches = [launch for launch in row["small_launches"] if launch["kernel"] == name]
         found = {id(r): r for launch in launches for r in records if _is_of(r, launch)}
         # Of several specialisations of one kernel the call runs each about as often.
@@ -117,7 +117,6 @@ def predict(row: Row, bench: Bench, records: Sequence[Any], gpu: Gpu) -> Row:
         moved = sum(launch["bytes"] for launch in launches) * elements / small if small else 0.0
         for code in codes:
             launch = model.Launch(
-                times=times,
                 programs=programs,
                 num_warps=code["warps"],
                 registers=code["registers"],

@@ -30,6 +30,7 @@ class FakeTime:
         self.device = 0.0
         self.captured: list[float] | None = None
         self.sync_mode: int | str = 0
+        self.replays = 0
         self.freed: list[object] = []  # pools of captures that failed
         self.alarm: tuple[float, type[BaseException]] | None = None
 
@@ -92,6 +93,7 @@ class FakeTime:
 
         class Graph:
             def replay(self) -> None:
+                fake.replays += 1
                 fake.work(sum(self.work))
 
         @contextlib.contextmanager

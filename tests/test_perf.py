@@ -259,6 +259,13 @@ def test_a_wrong_gradient_or_shape_is_refused() -> None:
     assert "WRONG" in measure(squaring({"cut": cut}), rounds=(1, 1))[0][0]["left_out"]
 
 
+def test_an_answer_must_be_right_in_small_too() -> None:
+    def half(case: Case, inputs: bench.Inputs) -> Callable[[], Tensor]:
+        return lambda: inputs["x"] ** 2 * (1 if len(inputs["x"]) > 10 else 2)
+
+    assert "in small 1.0e+00" in measure(squaring({"half": half}), rounds=(1, 1))[0][0]["left_out"]
+
+
 def test_errors_of_outputs() -> None:
     one = torch.ones(4)
     assert bench.error((one,), (one,)) == 0
@@ -287,7 +294,27 @@ def test_a_graph_takes_turns_on_its_inputs_and_shares_its_time_among_its_calls(
     assert [i for i, captured in log if not captured] == list(range(min(sets, 3)))
     turns = [i for i, captured in log if captured]
     assert turns == [i % sets for i in range(calls)]
+    fake.replays = 0
     assert sample() == pytest.approx(sum(1.0 + i for i in turns) / calls)
+    assert fake.replays == 1
+
+
+def test_a_warm_graph_is_replayed_once_before_the_clock_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakeTime()
+    device = fake.install(monkeypatch)
+    sample = timing._graph_sampler([lambda: (fake.work(1.0), ())[1]], 5, device)
+    fake.replays = 0
+    assert sample() == pytest.approx(1.0)
+    assert fake.replays == 2
+
+
+def test_quantiles_of_the_samples() -> None:
+    times = [1e-6 * us for us in (9, 2, 7, 4, 5, 6, 3, 8, 1, 10, 0)]
+    row = timing._row(timing.Contender("ours", [], 0.0, 0.0, samples={"eager": times}))
+    assert [row[f"eager_{name}_us"] for name in ("p20", "p50", "p80")] == [2, 5, 8]
+    assert row["samples"] == 11
 
 
 def test_inputs_outgrow_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:

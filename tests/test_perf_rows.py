@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,20 @@ def test_processes_that_write_at_once_do_not_mix_their_lines(tmp_path: Path) -> 
         mine = [row for row in found if row["writer"] == name]
         assert [row["n"] for row in mine] == [i for i in range(150) for _ in range(5)]
         assert all(row["text"] == name * 3000 for row in mine)
+
+
+def test_a_writer_waits_for_another(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows.append(file, [FIRST])
+    writer = threading.Thread(target=rows.append, args=(file, [SECOND]))
+    with file.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        writer.start()
+        writer.join(0.3)
+        assert writer.is_alive()
+        assert rows.read_all(file) == [FIRST]
+    writer.join()
+    assert rows.read_all(file) == [FIRST, SECOND]
 
 
 def test_provenance(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,9 @@ pytest.importorskip("tqdm", reason="perf needs the extra 'perf'")
 from dlops_triton import _dispatch
 from dlops_triton.perf import bench, counting, model, rows, static
 from dlops_triton.perf.gpus import A100, GPUS, H100, H200, KIB, MI300X, RTX_4090, Gpu
-from tests.tools.compile_gate import TARGETS
+from tests.fakes import squaring
+from tests.tools.compile_gate import TARGETS, Record
+from tests.tools.machine_code import MachineCode
 
 # --- GPUs ------------------------------------------------------------------------------------
 
@@ -59,7 +61,6 @@ def test_rates_are_the_makers() -> None:
 
 # On every core as many programs, which fill it.
 FULL = model.Launch(
-    times=1,
     programs=132 * 64,
     num_warps=4,
     registers=32,
@@ -177,6 +178,33 @@ def test_the_report_joins_traffic_and_machine_code(file: Path) -> None:
         "copy_bytes_per_s": round(H200.copy_bytes_per_s),
         "instructions_per_s": round(H200.instructions_per_s),
     }
+
+
+def test_what_is_counted_in_small_is_scaled_by_the_elements(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[model.Launch] = []
+    monkeypatch.setattr(model, "seconds", lambda gpu, launch: (seen.append(launch), (1e-6, "x"))[1])
+    work = bench.Work(elements=lambda sizes: sizes["n"], block=lambda constants: 64)
+    code = MachineCode(registers=32, instructions=100, counts={"special": 4})
+    record = Record("case", "k", "sm_90", {"BLOCK": 64}, {}, num_warps=2, code=code)
+    launch = {"kernel": "k", "arguments": {}, "constants": {"BLOCK": 64}, "bytes": 50}
+    row = {
+        "sizes": {"n": 1000},
+        "launches": 2,
+        "programs": {"k": [2, 7]},
+        "small_elements": {"k": 10},
+        "small_launches": [launch, launch],
+    }
+    known = squaring({}, kernels={"k": work})
+    found = static.predict(row, known, [record], H200)
+    (asked,) = seen
+    assert asked.bytes == 2 * 50 * 1000 / 10
+    assert asked.instructions == 1000 * 100  # of 2 warps, over 64 elements
+    assert asked.special == 1000 * 4
+    assert (asked.programs, asked.num_warps) == (7, 2)
+    assert found["predicted_us"] == pytest.approx(1 + 2 * model.GAP_S * 1e6)
+    assert not {"programs", "small_launches", "small_elements"} & set(found)
 
 
 def test_larger_problems_are_predicted_to_take_longer(file: Path) -> None:
