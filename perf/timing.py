@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 import sys
 import time
@@ -228,7 +229,7 @@ def _sets(size: int, device: torch.device) -> int:
 def _add_clocks(contender: Contender, bench: Bench, device: torch.device) -> None:
     """Warm up, and make a sampler for each clock. Without a GPU there is only the caller's."""
     calls = contender.calls
-    turns = _cycle(calls)
+    turns = itertools.cycle(calls)
     took = min(_wall(next(turns), device) for _ in range(3))
     if device.type == "cuda":
         contender.facts["peak_memory"] = _peak_memory(calls[0], device)
@@ -240,11 +241,6 @@ def _add_clocks(contender: Contender, bench: Bench, device: torch.device) -> Non
             else:
                 contender.samplers[clock] = _event_sampler(some, device)
     contender.samplers["eager"] = lambda: _wall(next(turns), device)
-
-
-def _cycle(calls: Sequence[Call]) -> Iterator[Call]:
-    while True:
-        yield from calls
 
 
 def _wall(call: Call, device: torch.device) -> float:
@@ -304,7 +300,7 @@ def _capture(graph: Any, device: torch.device) -> Iterator[None]:
 
 def _event_sampler(calls: Sequence[Call], device: torch.device) -> Sampler:
     """Times single calls by events: of several with the L2 overwritten, of one with it warm."""
-    turns = _cycle(calls)
+    turns = itertools.cycle(calls)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     rubbish = torch.empty(3 * l2, dtype=torch.int8, device=device) if len(calls) > 1 else None
