@@ -75,6 +75,28 @@ def gpu(device: torch.device) -> tuple[str, str]:
     return properties.name, f"sm_{properties.major}{properties.minor}"
 
 
+# By device and stream. A stream runs one kernel after another, so its kernels can share.
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def counter(device: torch.device) -> Tensor:
+    """[1] int32, 0, in which the programs of a launch count themselves; the last sets it to 0."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        # A graph may be replayed on any stream, beside anything.
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    found = _counters.get((device, stream))
+    if found is None:
+        found = torch.zeros(1, dtype=torch.int32, device=device)
+        _counters[device, stream] = found
+    return found
+
+
+def inline_ptx(device: torch.device) -> bool:
+    """Whether kernels may hold PTX, which only NVIDIA's compiler takes."""
+    return gpu(device)[1].startswith("sm_")
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the arithmetic: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -59,7 +59,7 @@ def _count(names: Sequence[str]) -> None:
         problem = [count.__name__, bench.name, case.sizes, case.option, dtype, mode]
         like = torch.empty(0, dtype=DTYPES[dtype])
         settings = [_settings.ALL[name].on(like) for name in bench.settings]
-        key = json.dumps([problem, settings], default=dict)
+        key = json.dumps([problem, settings, dispatch.inline_ptx(_CPU)], default=dict)
         if key not in seen:
             seen[key] = count(bench, case, dtype, mode)
         return seen[key]

@@ -36,6 +36,12 @@ def calls(device: torch.device) -> None:
         loss = sigmoid_focal_loss(x, targets, weight=weight)
         loss.backward(random(*loss.shape, dtype=dtype))
 
+    head = random(2, 83, 131, dtype=torch.bfloat16).requires_grad_()
+    rows = random(131, 83, dtype=torch.bfloat16).requires_grad_()
+    sigmoid_focal_loss([rows, head.mT], [labels, labels.expand(2, 131)], reduction="sum").mul(
+        2
+    ).backward()
+
     for dtype in (torch.bfloat16, torch.float32):
         a = boxes(2, 133, dtype=dtype).requires_grad_()
         b = boxes(2, 71, dtype=dtype).requires_grad_()

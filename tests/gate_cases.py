@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from dlops_triton import batched_nms, box_iou, nms, sigmoid_focal_loss
+from dlops_triton import _dispatch, batched_nms, box_iou, nms, sigmoid_focal_loss
 
 HALF, BFLOAT, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 ANCHORS, CLASSES = 2000, 80
@@ -35,6 +36,19 @@ def _focal(
     loss.backward(torch.ones_like(loss))
 
 
+def _focal_sum(
+    dtype: torch.dtype, gradient: bool = True, columns: bool = False, portable: bool = False
+) -> None:
+    """Reduced labels; ``columns`` as a permuted head has them, ``portable`` without inline PTX."""
+    x = torch.zeros((CLASSES, ANCHORS) if columns else (ANCHORS, CLASSES), dtype=dtype)
+    x = (x.mT if columns else x).requires_grad_(gradient)
+    ptx = _dispatch.inline_ptx
+    with mock.patch.object(_dispatch, "inline_ptx", lambda d: not portable and ptx(d)):
+        loss = sigmoid_focal_loss(x, torch.zeros(ANCHORS, dtype=torch.int64), reduction="sum")
+    if gradient:
+        loss.backward()
+
+
 def _iou(dtype: torch.dtype, **options: object) -> None:
     a = torch.zeros(2, 1000, 4, dtype=dtype, requires_grad=True)
     b = torch.zeros(2, 300, 4, dtype=dtype, requires_grad=True)
@@ -58,6 +72,12 @@ _CALLS: dict[str, Callable[[], None]] = {
         )
         for dtype in (HALF, BFLOAT, FLOAT, DOUBLE)
     },
+    "focal bfloat16 labels sum no gradient": functools.partial(_focal_sum, BFLOAT, False),
+    "focal bfloat16 columns sum": functools.partial(_focal_sum, BFLOAT, columns=True),
+    "focal bfloat16 labels sum portable": functools.partial(_focal_sum, BFLOAT, portable=True),
+    "focal bfloat16 labels sum no gradient portable": functools.partial(
+        _focal_sum, BFLOAT, False, portable=True
+    ),
     "focal bfloat16 labels none": functools.partial(_focal, BFLOAT, "labels", "none"),
     "focal float32 soft none": functools.partial(_focal, FLOAT, "soft", "none"),
     "focal bfloat16 bool weighted gamma 0.5": functools.partial(

@@ -343,7 +343,8 @@ def test_order_of_programs_does_not_matter(kernel: torch.device) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"inputs": [1.0]}, TypeError, "inputs must be a torch.Tensor, got list"),
+        ({"inputs": 1.0}, TypeError, "inputs must be a torch.Tensor, got float"),
+        ({"inputs": [1.0], "targets": [2.0]}, TypeError, r"inputs\[0\] must be a torch.Tensor"),
         ({"inputs": torch.zeros(4, 3, dtype=torch.int64)}, TypeError, "inputs .*got torch.int64"),
         ({"targets": torch.zeros(4, 3, dtype=torch.int64)}, ValueError, r"\(4,\), got \(4, 3\)"),
         ({"targets": torch.zeros(4, 2)}, ValueError, r"\(4, 3\), got \(4, 2\)"),

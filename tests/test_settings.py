@@ -232,7 +232,7 @@ def sound(name: str, values: dict[str, int] | Any, where: str) -> None:
 
 def test_the_defaults_are_sound_and_both_dtypes_have_the_same_settings() -> None:
     assert set(_settings.ALL) == {
-        *("focal_fwd", "focal_bwd", "iou_fwd", "iou_bwd"),
+        *("focal_sum", "focal_fwd", "focal_bwd", "scale", "iou_fwd", "iou_bwd"),
         *("nms_mask", "nms_resolve", "nms_suppress"),
     }
     for name, settings in _settings.ALL.items():
@@ -279,6 +279,8 @@ def launched(monkeypatch: pytest.MonkeyPatch, gpu: str, target: str) -> dict[str
     )
     x = torch.zeros(9, 5, dtype=HALF, requires_grad=True)
     sigmoid_focal_loss(x, torch.zeros(9, 5), reduction="sum").backward()
+    wide = torch.zeros(9, 5, dtype=torch.bfloat16, requires_grad=True)
+    sigmoid_focal_loss(wide, torch.zeros(9, dtype=torch.long), reduction="sum").backward()
     boxes = torch.zeros(9, 4, dtype=HALF, requires_grad=True)
     box_iou(boxes, boxes).backward(torch.zeros(9, 9, dtype=HALF))
     nms(torch.zeros(NMS.BAND + 1, 4, dtype=HALF), torch.zeros(NMS.BAND + 1), 0.5)
@@ -296,13 +298,14 @@ def test_every_launch_has_its_settings(folder: Path, monkeypatch: pytest.MonkeyP
     (folder / "a.json").write_text(json.dumps(content))
     for gpu, target, factor in (("A", "sm_90", 2), ("", "", 1)):
         found = launched(monkeypatch, gpu, target)
-        assert len(found) == 7
+        assert len(found) == 9
         for name, settings in _settings.ALL.items():
             if name == "op":
                 continue
-            kernel = found[f"{'box_' * (name[:3] == 'iou')}{name}_kernel"]
+            stem = {"focal_sum": "focal_rows"}.get(name, f"{'box_' * (name[:3] == 'iou')}{name}")
+            kernel = found[f"{stem}_kernel"]
             for key, value in settings.defaults[FLOAT].items():
-                assert key == "programs" or kernel[key] == factor * value, name
+                assert key in ("programs", "BLOCKS") or kernel[key] == factor * value, name
         assert found["nms_resolve_kernel"]["BLOCK"] == found["nms_mask_kernel"]["BLOCK"]
 
 
@@ -334,6 +337,7 @@ def test_the_compile_gate_compiles_with_the_settings_of_its_target() -> None:
 OTHER = {
     "focal_fwd": {"BLOCK": 64, "num_warps": 1},
     "focal_bwd": {"BLOCK": 128, "num_warps": 1},
+    "focal_sum": {"BLOCK": 128, "BLOCKS": 1000, "num_warps": 2},
     "iou_fwd": {"BLOCK_N": 4, "BLOCK_M": 16, "num_warps": 1},
     "nms_mask": {"BLOCK": 32, "ROWS": 8, "num_warps": 1},
     "nms_resolve": {"WORDS": 2, "num_warps": 1},
@@ -355,7 +359,9 @@ def test_answers_do_not_hang_on_the_settings(
     def answers() -> list[torch.Tensor]:
         loss = sigmoid_focal_loss(x, labels)
         (dx,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
-        return [loss, dx, box_iou(b[:40], b), nms(b, scores, 0.4)]
+        total = sigmoid_focal_loss(x, labels, reduction="sum")
+        (slope,) = torch.autograd.grad(total, x)
+        return [loss, dx, total, slope, box_iou(b[:40], b), nms(b, scores, 0.4)]
 
     with override("nms_mask", BLOCK=64):
         want = answers()
@@ -364,7 +370,7 @@ def test_answers_do_not_hang_on_the_settings(
         used = [stack.enter_context(override(name, **values)) for name, values in OTHER.items()]
         got = answers()
     assert all(o.launches for o in used)
-    for a, c in zip(got[:2], want[:2], strict=True):
+    for a, c in zip(got[:4], want[:4], strict=True):
         assert_close(a, numpy(c))
-    for a, c in zip(got[2:], want[2:], strict=True):
+    for a, c in zip(got[4:], want[4:], strict=True):
         assert torch.equal(a, c)

@@ -144,7 +144,14 @@ def _count(listing: _Listing, kinds: dict[str, str]) -> MachineCode:
     def counts(opcodes: list[str]) -> dict[str, int]:
         return {name: sum(bool(p.match(o)) for o in opcodes) for name, p in patterns.items()}
 
-    first, last = _innermost(listing.loops)
+    memory = [patterns[name] for name in kinds if re.search("load|store|copy|atomic", name)]
+
+    def reaches_memory(loop: tuple[int, int]) -> bool:
+        return any(p.match(o) for o in listing.opcodes[loop[0] : loop[1] + 1] for p in memory)
+
+    # A search for what to do next is no work, if there is a loop that does some.
+    working = [loop for loop in listing.loops if reaches_memory(loop)]
+    first, last = _innermost(working or listing.loops)
     loop = listing.opcodes[first : last + 1]
     return MachineCode(
         instructions=len(listing.opcodes),
@@ -155,10 +162,10 @@ def _count(listing: _Listing, kinds: dict[str, str]) -> MachineCode:
 
 
 def _innermost(loops: list[tuple[int, int]]) -> tuple[int, int]:
-    """The most deeply nested loop, the longest of several; an empty span without loops."""
+    """The longest loop that holds no other; an empty span without loops."""
 
-    def rank(loop: tuple[int, int]) -> tuple[int, int]:
-        depth = sum(outer[0] <= loop[0] and loop[1] <= outer[1] for outer in loops)
-        return depth, loop[1] - loop[0]
+    def holds_another(loop: tuple[int, int]) -> bool:
+        return any(loop[0] <= o[0] and o[1] <= loop[1] and o != loop for o in loops)
 
-    return max(loops, key=rank, default=(0, -1))
+    leaves = [loop for loop in loops if not holds_another(loop)]
+    return max(leaves, key=lambda loop: loop[1] - loop[0], default=(0, -1))
