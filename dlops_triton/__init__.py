@@ -2,9 +2,20 @@
 
 from ._dispatch import implementation
 from .focal import sigmoid_focal_loss
+from .ghm import ghmc_loss, ghmr_loss
 from .iou import box_iou
 from .nms import batched_nms, nms
+from .softmax_focal import softmax_focal_loss
 
 __version__ = "0.1.0"
 
-__all__ = ["batched_nms", "box_iou", "implementation", "nms", "sigmoid_focal_loss"]
+__all__ = [
+    "batched_nms",
+    "box_iou",
+    "ghmc_loss",
+    "ghmr_loss",
+    "implementation",
+    "nms",
+    "sigmoid_focal_loss",
+    "softmax_focal_loss",
+]

@@ -65,3 +65,20 @@ def integer(name: str, value: object, low: int, high: int, accepted: str) -> Non
         raise TypeError(f"{name} must be {accepted}, got {value!r}")
     if not low <= value <= high:
         raise ValueError(f"{name} must be {accepted}, got {value!r}")
+
+
+def avg_factor(value: object, inputs: Tensor, reduction: str) -> None:
+    """The divisor of "mean": None, a positive number, or a tensor of one element."""
+    if value is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"avg_factor needs reduction='mean', got reduction={reduction!r}")
+    if not isinstance(value, Tensor):
+        number("avg_factor", value, 2**-1074, float("inf"), "above 0 and finite")
+        return
+    dtype("avg_factor", value, (*INTEGERS, *FLOATS))
+    same_device("avg_factor", value, "inputs", inputs)
+    if value.numel() != 1:
+        raise ValueError(f"avg_factor must have one element, got shape {tuple(value.shape)}")
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError("avg_factor must not require a gradient (it gets none): detach it")

@@ -76,19 +76,18 @@ def gpu(device: torch.device) -> tuple[str, str]:
 
 
 # By device and stream. A stream runs one kernel after another, so its kernels can share.
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+_counters: dict[tuple[torch.device, int, int, torch.dtype], Tensor] = {}
 
 
-def counter(device: torch.device) -> Tensor:
-    """[1] int32, 0, in which the programs of a launch count themselves; the last sets it to 0."""
+def counter(device: torch.device, size: int = 1, dtype: torch.dtype = torch.int32) -> Tensor:
+    """[size], 0, in which the programs of a launch count themselves; the last sets it to 0."""
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         # A graph may be replayed on any stream, beside anything.
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    found = _counters.get((device, stream))
+        return torch.zeros(size, dtype=dtype, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream, size, dtype)
+    found = _counters.get(key)
     if found is None:
-        found = torch.zeros(1, dtype=torch.int32, device=device)
-        _counters[device, stream] = found
+        found = _counters[key] = torch.zeros(size, dtype=dtype, device=device)
     return found
 
 

@@ -94,7 +94,7 @@ def sigmoid_focal_loss(
     _checks.number("label_smoothing", label_smoothing, 0, 1 - 2**-53, "in [0, 1)")
     _checks.choice("reduction", reduction, ("none", "mean", "sum"))
     _checks.integer("ignore_index", ignore_index, -(2**63), 2**63 - 1, "a 64-bit integer")
-    _check_avg_factor(avg_factor, logits[0], reduction)
+    _checks.avg_factor(avg_factor, logits[0], reduction)
 
     alpha = None if alpha is None or alpha == -1 else float(alpha)
     options = (alpha, float(gamma), int(ignore_index))
@@ -190,22 +190,6 @@ def _check(inputs: Tensor, targets: Tensor, weight: Tensor | None, at: str = "")
     for name, constant in (("targets", targets), ("weight", weight)):
         if constant is not None and constant.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}{at} must not require a gradient (it gets none): detach it")
-
-
-def _check_avg_factor(avg_factor: float | Tensor | None, inputs: Tensor, reduction: str) -> None:
-    if avg_factor is None:
-        return
-    if reduction != "mean":
-        raise ValueError(f"avg_factor needs reduction='mean', got reduction={reduction!r}")
-    if not isinstance(avg_factor, Tensor):
-        _checks.number("avg_factor", avg_factor, 2**-1074, float("inf"), "above 0 and finite")
-        return
-    _checks.dtype("avg_factor", avg_factor, (*_checks.INTEGERS, *_checks.FLOATS))
-    _checks.same_device("avg_factor", avg_factor, "inputs", inputs)
-    if avg_factor.numel() != 1:
-        raise ValueError(f"avg_factor must have one element, got shape {tuple(avg_factor.shape)}")
-    if avg_factor.requires_grad and torch.is_grad_enabled():
-        raise ValueError("avg_factor must not require a gradient (it gets none): detach it")
 
 
 class _SigmoidFocal(torch.autograd.Function):

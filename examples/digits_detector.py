@@ -2,12 +2,13 @@
 
     python examples/digits_detector.py            # about 2 minutes on two CPU cores
     python examples/digits_detector.py --quick    # half a minute, and a weaker detector
+    python examples/digits_detector.py --loss all # one detector with each loss, compared
 
 An anchor-free, FCOS-like network: every fourth pixel, both ways, says which digit is centred there
-and how far its box extends. `sigmoid_focal_loss` trains the classes, `batched_nms` removes the
-duplicates, `box_iou` tells hits from misses in the picture, and pycocotools' COCOeval judges the
-result, on writers and on parts of the photographs that the network has never seen. Ctrl-C ends the
-training early; what was learnt so far is saved and evaluated.
+and how far its box extends. `--loss` says what trains the classes, by default `sigmoid_focal_loss`;
+`batched_nms` removes the duplicates, `box_iou` tells hits from misses in the picture, and
+pycocotools' COCOeval judges the result, on writers and on parts of the photographs that the network
+has never seen. Ctrl-C ends the training early; what was learnt so far is saved and evaluated.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import triton
+from digits_losses import NAMES, class_loss, outputs, plot_gradients, probabilities
 from digits_scenes import CLASSES, SIZE, Scenes, compose
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -36,9 +38,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dlops_triton
-from dlops_triton import batched_nms, box_iou, sigmoid_focal_loss
+from dlops_triton import batched_nms, box_iou, ghmc_loss, sigmoid_focal_loss, softmax_focal_loss
 
-OPS = (sigmoid_focal_loss, batched_nms, box_iou)
+OPS = (sigmoid_focal_loss, softmax_focal_loss, ghmc_loss, batched_nms, box_iou)
 STRIDE = 4  # pixels from one point of prediction to the next
 BATCH = 4
 # A bar that redraws itself in a terminal, and a line now and then in a log file.
@@ -63,10 +65,14 @@ class Residual(nn.Module):
 
 
 class Detector(nn.Module):
-    """From images [B, 3, SIZE, SIZE] to class logits [B, P, CLASSES] and boxes [B, P, 4]."""
+    """From images [B, 3, SIZE, SIZE] to class logits [B, P, C] and boxes [B, P, 4].
 
-    def __init__(self, width: int = 48):
+    C is CLASSES, or one more if ``loss`` is a softmax's.
+    """
+
+    def __init__(self, loss: str = "focal", width: int = 48):
         super().__init__()
+        self.loss = loss
         self.stem = nn.Sequential(conv(3, width // 2, 2), conv(width // 2, width, 2))
         self.fine = Residual(width)
         self.coarse = nn.Sequential(
@@ -77,10 +83,14 @@ class Detector(nn.Module):
             nn.Upsample(scale_factor=2),
         )
         self.mix = Residual(width)
-        self.classes = nn.Sequential(conv(width, width), nn.Conv2d(width, CLASSES, 3, padding=1))
+        self.classes = nn.Sequential(
+            conv(width, width), nn.Conv2d(width, outputs(loss), 3, padding=1)
+        )
         self.sides = nn.Sequential(conv(width, width), nn.Conv2d(width, 4, 3, padding=1))
         # To begin with, every point is 1 % sure of every digit, each 20 pixels wide and tall.
         nn.init.constant_(self.classes[-1].bias, -math.log(99))
+        if outputs(loss) > CLASSES:
+            nn.init.zeros_(self.classes[-1].bias[CLASSES:])
         nn.init.constant_(self.sides[-1].bias, math.log(10))
         ticks = STRIDE * (torch.arange(SIZE // STRIDE) + 0.5)
         self.register_buffer("points", torch.cartesian_prod(ticks, ticks).flip(1))  # [P, 2], xy
@@ -122,6 +132,7 @@ def box_loss(predicted: Tensor, wanted: Tensor) -> Tensor:
 
 def train(model: Detector, scenes: Scenes, steps: int, seed: int) -> list[tuple[float, float]]:
     """Train `model` in place; return the two losses of every step. Ctrl-C ends it early."""
+    of_classes = class_loss(model.loss, model.points.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps, pct_start=0.2)
     shuffle = torch.Generator().manual_seed(seed)
@@ -130,7 +141,7 @@ def train(model: Detector, scenes: Scenes, steps: int, seed: int) -> list[tuple[
     model.train()
     with (
         contextlib.suppress(KeyboardInterrupt),
-        tqdm(range(steps), "training", unit="step", **BAR) as bar,
+        tqdm(range(steps), f"training, {model.loss}", unit="step", **BAR) as bar,
     ):
         for _ in bar:
             batch = torch.randint(len(scenes.images), (BATCH,), generator=shuffle).to(device)
@@ -139,14 +150,14 @@ def train(model: Detector, scenes: Scenes, steps: int, seed: int) -> list[tuple[
             classes, wanted = assign(model.points, boxes, labels)
             digit = classes < CLASSES
             count = digit.sum()
-            focal = sigmoid_focal_loss(logits, classes, reduction="mean", avg_factor=count)
+            ours = of_classes(logits, classes, count)
             iou = box_loss(predicted[digit], wanted[digit]).mean()
             optimizer.zero_grad()
-            (focal + iou / 2).backward()
+            (ours + iou / 2).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1)
             optimizer.step()
             schedule.step()
-            losses.append((focal.item(), iou.item()))
+            losses.append((ours.item(), iou.item()))
             bar.set_postfix(loss=f"{np.mean(losses[-50:], axis=0).sum():.3f}", refresh=False)
     return losses
 
@@ -169,7 +180,9 @@ def detect(model: Detector, images: Tensor, candidates: int = 100) -> Detections
     found = []
     for first in range(0, len(images), 20):
         logits, boxes = model(images[first : first + 20])
-        scores, best = logits.sigmoid().flatten(1).topk(candidates)  # [B, candidates]
+        scores, best = (
+            probabilities(model.loss, logits).flatten(1).topk(candidates)
+        )  # [B, candidates]
         point, label = best // CLASSES, best % CLASSES
         boxes = boxes.take_along_dim(point[..., None], dim=1).clamp(0, SIZE)
         scene = torch.arange(len(scores), device=scores.device)[:, None].expand_as(label)
@@ -275,11 +288,11 @@ def draw(ax: Axes, box: list[float], colour: str, style: str) -> None:
     ax.add_patch(patch)
 
 
-def plot_losses(path: Path, losses: list[tuple[float, float]]) -> None:
+def plot_losses(path: Path, name: str, losses: list[tuple[float, float]]) -> None:
     window = max(1, len(losses) // 40)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     ax = figure.subplots()
-    names = ("classes: sigmoid_focal_loss", "boxes: 1 - IoU")
+    names = (f"classes: {name}", "boxes: 1 - IoU")
     for name, values, colour in zip(names, np.transpose(losses), ("C0", "C1"), strict=True):
         ax.plot(values, color=colour, alpha=0.25, linewidth=0.7)
         smooth = np.convolve(values, np.ones(window) / window, "valid")
@@ -292,6 +305,7 @@ def plot_losses(path: Path, losses: list[tuple[float, float]]) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--loss", choices=(*NAMES, "all"), default="focal", help="of the classes")
     parser.add_argument("--quick", action="store_true", help="fewer steps and fewer scenes")
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of training (default 0)")
@@ -304,60 +318,82 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    args = arguments()
-    args.out.mkdir(parents=True, exist_ok=True)
-    device = torch.device(args.device)
-    ops = {op.__name__: dlops_triton.implementation(device) for op in OPS}
-    for name, runs_on in ops.items():
-        print(f"{name:20}{runs_on}")
-
+def run(loss: str, args: argparse.Namespace, out: Path, scenes: Scenes, held_out: Scenes) -> dict:
+    """Train a detector with one loss, and leave what it is worth in `out`; empty if nothing is."""
+    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    # The held-out scenes are the same whatever the seed, so that runs can be compared.
-    scenes = compose("train", 600 if args.quick else 1500, args.seed, **BAR).to(device)
-    held_out = compose("held-out", 100 if args.quick else 200, 0, **BAR).to(device)
-    model = Detector().to(device)
+    model = Detector(loss).to(args.device)
     started = time.perf_counter()
     losses = train(model, scenes, args.steps, args.seed)
     seconds = time.perf_counter() - started
-    interrupted = len(losses) < args.steps
     if not losses:
-        print("Interrupted before anything was learnt.")
-        return 130
-
+        return {}
     metrics = {
+        "loss": loss,
         "steps": len(losses),
-        "interrupted": interrupted,
+        "interrupted": len(losses) < args.steps,
         "seed": args.seed,
         "training_seconds": round(seconds, 1),
         "steps_per_second": round(len(losses) / seconds, 2),
         "train_scenes": len(scenes.images),
         "held_out_scenes": len(held_out.images),
         "device": args.device,
-        "ops": ops,
+        "ops": {op.__name__: dlops_triton.implementation(args.device) for op in OPS},
         "versions": {
             "python": platform.python_version(),
             **{m.__name__: str(m.__version__) for m in (torch, triton, dlops_triton)},
         },
     }
-    torch.save(model.state_dict(), args.out / "model.pt")
-    plot_losses(args.out / "loss.png", losses)
-    report = args.out / "metrics.json"
+    torch.save(model.state_dict(), out / "model.pt")
+    plot_losses(out / "loss.png", loss, losses)
+    report = out / "metrics.json"
     report.write_text(json.dumps(metrics, indent=2) + "\n")
-    if interrupted:
-        print(f"Interrupted after {len(losses)} steps; {args.out} holds what was learnt.")
+    if metrics["interrupted"]:
+        print(f"Interrupted after {len(losses)} steps; {out} holds what was learnt.")
         print("Evaluating it. Ctrl-C again to leave at once.")
 
     found = detect(model, held_out.images)
-    precision = evaluate(found, held_out)
-    report.write_text(json.dumps(precision | metrics, indent=2) + "\n")
-    plot_detections(args.out / "detections.png", found, held_out)
+    metrics |= evaluate(found, held_out)
+    report.write_text(json.dumps(metrics, indent=2) + "\n")
+    plot_detections(out / "detections.png", found, held_out)
+    some = Scenes(*(t[:50] for t in held_out))
+    with torch.no_grad():
+        logits, _ = model(some.images)
+    labels, _ = assign(model.points, some.boxes, some.labels)
+    plot_gradients(out / "gradients.png", loss, logits, labels)
+    return metrics
+
+
+def main() -> int:
+    args = arguments()
+    for op in OPS:
+        print(f"{op.__name__:20}{dlops_triton.implementation(args.device)}")
+
+    torch.manual_seed(args.seed)
+    # The held-out scenes are the same whatever the seed, so that runs can be compared.
+    scenes = compose("train", 600 if args.quick else 1500, args.seed, **BAR).to(args.device)
+    held_out = compose("held-out", 100 if args.quick else 200, 0, **BAR).to(args.device)
+    found = []
+    for loss in NAMES if args.loss == "all" else (args.loss,):
+        found.append(
+            run(loss, args, args.out / loss if args.loss == "all" else args.out, scenes, held_out)
+        )
+        if not found[-1] or found[-1]["interrupted"]:
+            break
+    if not found[0]:
+        print("Interrupted before anything was learnt.")
+        return 130
     digits = int((held_out.labels < CLASSES).sum())
     print(f"\n{digits:,} digits in {len(held_out.images)} held-out scenes")
-    print("".join(f"{name:>8}" for name in precision))
-    print("".join(f"{value:8.3f}" for value in precision.values()))
-    print(f"\ndetections.png, loss.png, metrics.json and model.pt are in {args.out}")
-    return 130 if interrupted else 0
+    print(f"{'loss':14}{'AP':>8}{'AP50':>8}{'AP75':>8}{'steps/s':>9}")
+    for row in filter(None, found):
+        precision = "".join(f"{row[name]:8.3f}" for name in ("AP", "AP50", "AP75"))
+        print(f"{row['loss']:14}{precision}{row['steps_per_second']:9.1f}")
+    print(
+        f"\ndetections.png, gradients.png, loss.png, metrics.json and model.pt are in {args.out}"
+        + (", in a folder for each loss" if args.loss == "all" else "")
+    )
+    return 130 if not found[-1] or found[-1]["interrupted"] else 0
 
 
 if __name__ == "__main__":
