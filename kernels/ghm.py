@@ -76,7 +76,7 @@ def ghm_table_kernel(
 def _load(
     x_ptr, target_ptr, weight_ptr, base, local, mask, num_classes, inner, KIND: tl.constexpr
 ):  # fmt: skip
-    """Prediction and target in ACC, label weight (None without), of elements base + local."""
+    """Prediction, target and label weight, if there are weights, of elements base + local."""
     TARGETS: tl.constexpr = KIND[2]
     WEIGHTS: tl.constexpr = KIND[3]
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -103,7 +103,7 @@ def _load(
     elif WEIGHTS == PER_ELEMENT:
         weight = _number(tl.load(weight_ptr + base + local, mask=mask, other=0))
     else:
-        weight = None
+        weight = t  # not used
     return x, t, weight
 
 
@@ -188,7 +188,7 @@ def ghm_count_kernel(
     key, soft, g, _, _ = _element(x, t, KIND)
     valid = mask
     share = None
-    if weight is not None:
+    if weight_ptr is not None:
         valid = mask & (weight > 0)
         if KIND[0] is not None:
             share = tl.sum(weight.to(x.dtype), axis=0)
@@ -243,7 +243,7 @@ def ghm_loss_kernel(
     SLOTS: tl.constexpr = KIND[5]
     w = _weight_of(tl.minimum(g, 1.0), key, soft, table_ptr, KIND[1], SLOTS)
     valid = mask
-    if weight is not None:
+    if weight_ptr is not None:
         valid = mask & (weight > 0)
     factor = _factor(divisor_ptr, scale, ACC)
     # Selects, not products: what does not count may hold NaN, and the factor may be infinite.
@@ -288,7 +288,7 @@ def ghm_bwd_kernel(
     SLOTS: tl.constexpr = KIND[5]
     w = _weight_of(tl.minimum(g, 1.0), key, soft, table_ptr, KIND[1], SLOTS)
     valid = mask
-    if weight is not None:
+    if weight_ptr is not None:
         valid = mask & (weight > 0)
     if SCALAR_GRAD:
         grad = tl.load(grad_ptr).to(ACC)
@@ -418,25 +418,32 @@ def ghm_loss_rows_kernel(
     start, owned, special = _share(label_ptr, weight_ptr, n, num_classes, BLOCK)
     factor = _factor(divisor_ptr, scale, ACC)
     lane = tl.arange(0, BLOCK)
-    losses = tl.zeros((BLOCK,), ACC)
-    for k in range(tl.cdiv(owned, BLOCK)):
-        within = k * BLOCK + lane
+    negatives = tl.zeros((BLOCK,), ACC)
+    for k in range(owned // BLOCK):
         if ((special >> k) & 1) == 0:
-            loss, w, p = _logits(tl.load(x_ptr + start + within), table_ptr, BINS, SLOTS, PTX)
+            at = start + k * BLOCK + lane
+            loss, w, p = _logits(tl.load(x_ptr + at), table_ptr, BINS, SLOTS, PTX)
             if dx_ptr is not None:
                 dx = p * (w * factor)
-                tl.store(dx_ptr + start + within, dx.to(dx_ptr.dtype.element_ty))
-        else:
-            y, positive, mask, valid = _special_block(
-                x_ptr, label_ptr, weight_ptr, start, within, owned, num_classes
-            )
-            loss, w, p = _logits(y, table_ptr, BINS, SLOTS, PTX)
-            # Selects, not products: what does not count may hold NaN.
-            loss = tl.where(valid, loss, 0.0)
-            if dx_ptr is not None:
-                dx = tl.where(valid, tl.where(positive, -p, p) * (w * factor), 0.0)
-                tl.store(dx_ptr + start + within, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        losses += loss
-    total, last = sum_over_programs(tl.sum(losses, axis=0), out_ptr + 1, counter_ptr)
+                tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty))
+            negatives += loss
+    # Smaller blocks, for fewer registers.
+    PART: tl.constexpr = BLOCK // 4
+    others = tl.zeros((PART,), ACC)
+    if special != 0:
+        for part in range(tl.cdiv(owned, PART)):
+            if ((special >> (part // 4)) & 1) == 1:
+                within = part * PART + tl.arange(0, PART)
+                y, positive, mask, valid = _special_block(
+                    x_ptr, label_ptr, weight_ptr, start, within, owned, num_classes
+                )
+                loss, w, p = _logits(y, table_ptr, BINS, SLOTS, PTX)
+                # Selects, not products: what does not count may hold NaN.
+                others += tl.where(valid, loss, 0.0)
+                if dx_ptr is not None:
+                    dx = tl.where(valid, tl.where(positive, -p, p) * (w * factor), 0.0)
+                    tl.store(dx_ptr + start + within, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    share = tl.sum(negatives, axis=0) + tl.sum(others, axis=0)
+    total, last = sum_over_programs(share, out_ptr + 1, counter_ptr)
     if last:
         tl.store(out_ptr, total * factor)

@@ -8,7 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dlops_triton import batched_nms, box_iou, nms, sigmoid_focal_loss
+from dlops_triton import (
+    batched_nms,
+    box_iou,
+    ghmc_loss,
+    ghmr_loss,
+    nms,
+    sigmoid_focal_loss,
+    softmax_focal_loss,
+)
 
 from .bench import load
 
@@ -41,6 +49,20 @@ def calls(device: torch.device) -> None:
     sigmoid_focal_loss([rows, head.mT], [labels, labels.expand(2, 131)], reduction="sum").mul(
         2
     ).backward()
+
+    for shape in ((131, 83), (3, 83, 47), (3, 5003), (2, 301, 35)):
+        x = random(*shape, dtype=torch.bfloat16).requires_grad_()
+        each = torch.randint(-1, shape[1] + 1, shape[:1] + shape[2:], generator=g).to(device)
+        softmax_focal_loss(x, each, label_smoothing=0.1, weight=random(shape[1])).backward()
+        loss = softmax_focal_loss(x, each, reduction="none")
+        loss.backward(random(*loss.shape, dtype=torch.bfloat16))
+
+    for targets in (labels, random(131, 83)):
+        x = random(131, 83).requires_grad_()
+        acc_sum = torch.zeros(30, device=device)
+        ghmc_loss(x, targets, random(131), bins=30, momentum=0.7, acc_sum=acc_sum).mul(2).backward()
+        ghmc_loss(x, targets, reduction="none").backward(random(131, 83))
+    ghmr_loss(x, random(131, 83), random(131, 83)).backward()
 
     for dtype in (torch.bfloat16, torch.float32):
         a = boxes(2, 133, dtype=dtype).requires_grad_()

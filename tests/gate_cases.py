@@ -9,7 +9,16 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dlops_triton import _dispatch, batched_nms, box_iou, nms, sigmoid_focal_loss
+from dlops_triton import (
+    _dispatch,
+    batched_nms,
+    box_iou,
+    ghmc_loss,
+    ghmr_loss,
+    nms,
+    sigmoid_focal_loss,
+    softmax_focal_loss,
+)
 
 HALF, BFLOAT, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 ANCHORS, CLASSES = 2000, 80
@@ -47,6 +56,44 @@ def _focal_sum(
         loss = sigmoid_focal_loss(x, torch.zeros(ANCHORS, dtype=torch.int64), reduction="sum")
     if gradient:
         loss.backward()
+
+
+def _softmax_focal(
+    dtype: torch.dtype, shape: tuple[int, ...], reduction: str = "sum", **options: object
+) -> None:
+    x = torch.zeros(shape, dtype=dtype, requires_grad=True)
+    labels = torch.zeros(shape[:1] + shape[2:], dtype=torch.int64)
+    loss = softmax_focal_loss(x, labels, reduction=reduction, **options)  # type: ignore[arg-type]
+    loss.backward(torch.ones_like(loss))
+
+
+def _ghmc(
+    dtype: torch.dtype,
+    bins: int,
+    weighted: bool = False,
+    momentum: float = 0.0,
+    soft: bool = False,
+    reduction: str = "mean",
+) -> None:
+    x = torch.zeros(ANCHORS, CLASSES, dtype=dtype, requires_grad=True)
+    target = torch.zeros(ANCHORS, CLASSES) if soft else torch.zeros(ANCHORS, dtype=torch.int64)
+    loss = ghmc_loss(
+        x,
+        target,
+        torch.ones(ANCHORS) if weighted else None,
+        bins=bins,
+        momentum=momentum,
+        acc_sum=torch.zeros(bins) if momentum else None,
+        reduction=reduction,  # type: ignore[arg-type]
+    )
+    loss.backward(torch.ones_like(loss))
+
+
+def _ghmr(dtype: torch.dtype, momentum: float = 0.0) -> None:
+    x = torch.zeros(ANCHORS, 4, dtype=dtype, requires_grad=True)
+    acc_sum = torch.zeros(10) if momentum else None
+    target, weight = torch.zeros(ANCHORS, 4), torch.ones(ANCHORS, 4)
+    ghmr_loss(x, target, weight, momentum=momentum, acc_sum=acc_sum).backward()
 
 
 def _iou(dtype: torch.dtype, **options: object) -> None:
@@ -89,6 +136,28 @@ _CALLS: dict[str, Callable[[], None]] = {
     "focal float32 labels weighted gamma 0": functools.partial(
         _focal, FLOAT, "labels", "mean", "row", gamma=0.0
     ),
+    "softmax_focal bfloat16": functools.partial(_softmax_focal, BFLOAT, (ANCHORS, CLASSES)),
+    "softmax_focal bfloat16 none": functools.partial(
+        _softmax_focal, BFLOAT, (ANCHORS, CLASSES), "none"
+    ),
+    "softmax_focal float32 weighted, smoothed": functools.partial(
+        *(_softmax_focal, FLOAT, (ANCHORS, CLASSES), "mean"),
+        weight=torch.ones(CLASSES),
+        label_smoothing=0.1,
+        gamma=0.5,
+    ),
+    "softmax_focal float64": functools.partial(_softmax_focal, DOUBLE, (ANCHORS, CLASSES)),
+    "softmax_focal bfloat16 images": functools.partial(_softmax_focal, BFLOAT, (2, 19, 64, 64)),
+    "softmax_focal bfloat16 long": functools.partial(_softmax_focal, BFLOAT, (16, 50_000)),
+    "softmax_focal float32 long images": functools.partial(_softmax_focal, FLOAT, (2, 608, 32, 32)),
+    "ghmc bfloat16 10 bins": functools.partial(_ghmc, BFLOAT, 10),
+    "ghmc bfloat16 30 bins, momentum": functools.partial(_ghmc, BFLOAT, 30, True, 0.75),
+    "ghmc float32 soft": functools.partial(_ghmc, FLOAT, 10, True, soft=True),
+    "ghmc bfloat16 soft": functools.partial(_ghmc, BFLOAT, 10, soft=True),
+    "ghmc float32 none": functools.partial(_ghmc, FLOAT, 10, reduction="none"),
+    "ghmc float64": functools.partial(_ghmc, DOUBLE, 10),
+    "ghmr float32": functools.partial(_ghmr, FLOAT),
+    "ghmr float64 momentum": functools.partial(_ghmr, DOUBLE, 0.7),
     **{
         f"iou {str(dtype).removeprefix('torch.')}": functools.partial(_iou, dtype)
         for dtype in (BFLOAT, FLOAT, DOUBLE)

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 import dlops_triton
-from dlops_triton import _dispatch, batched_nms, box_iou, nms, sigmoid_focal_loss
+from dlops_triton import (
+    _dispatch,
+    batched_nms,
+    box_iou,
+    ghmc_loss,
+    ghmr_loss,
+    nms,
+    sigmoid_focal_loss,
+    softmax_focal_loss,
+)
 from tests.tools.host_cost import host_cost
 from tests.tools.traffic import traffic
 
@@ -48,6 +57,14 @@ def test_opcheck(device: torch.device) -> None:
         (OPS.focal_sum.default, ([x, x.mT], [labels, labels[:5]], None, 1.0, *focal[:3], True)),
         (OPS.focal_sum.default, ([x], [labels], weight[:1], 0.5, *focal[:3], False)),
         (OPS.loss_scale_.default, (x.clone(), weight[0])),
+        (OPS.softmax_focal.default, (x, labels, None, None, None, 2.0, -100, 0.0, *(True,) * 3)),
+        (
+            OPS.softmax_focal.default,
+            (
+                *(x.mT.contiguous().mT, labels, torch.rand(2, 5, device=device), weight, weight),
+                *(0.5, -100, 0.1, False, True, False),
+            ),
+        ),
         (OPS.box_iou_fwd.default, (a, b, 0, False)),
         (OPS.box_iou_fwd.default, (a.half().expand(3, 7, 4), b.half().expand(3, 6, 4), 1, True)),
         (OPS.box_iou_bwd.default, (grad, a, b, 0, False, True)),
@@ -64,10 +81,15 @@ class Everything(nn.Module):
     def forward(self, x: Tensor, labels: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         loss = sigmoid_focal_loss(x * 2, labels, gamma=1.5, reduction="mean", avg_factor=x.shape[0])
         each = sigmoid_focal_loss(x, x.detach().sigmoid())
+        mutual = (
+            softmax_focal_loss(x, labels, alpha=0.5)
+            + softmax_focal_loss(x, labels, reduction="none").sum()
+        )
+        harmonized = ghmc_loss(x, labels) + ghmr_loss(x, x.detach() + 1)
         iou = box_iou(a, b + 1)
         kept = batched_nms(a, x[:, 0], labels, 0.5, score_threshold=-1.0)
         best = nms(a, x[:, 1], 0.3, max_output=a.shape[0] // 2)
-        return loss, each + 0, iou.max(1).values, kept, best
+        return loss + mutual + harmonized, each + 0, iou.max(1).values, kept, best
 
 
 def everything(device: torch.device, n: int) -> tuple[Tensor, ...]:
@@ -142,6 +164,15 @@ CALLS: dict[str, tuple[Callable[..., Any], int, int, int]] = {
         ),
         1, 1, 0,
     ),
+    "softmax focal": (lambda x, t, a, b: softmax_focal_loss(x, t), 1, 1, 0),
+    "softmax focal none": (
+        lambda x, t, a, b: softmax_focal_loss(x, t, reduction="none").sum(), 1, 1, 0,
+    ),
+    "GHM-C": (lambda x, t, a, b: ghmc_loss(x, t, t.clamp(0, 1)), 2, 1, 0),
+    "GHM-C with momentum": (
+        lambda x, t, a, b: ghmc_loss(x, t, momentum=0.7, acc_sum=x.new_zeros(10)), 2, 1, 0,
+    ),
+    "GHM-R": (lambda x, t, a, b: ghmr_loss(x, x.detach() + 1), 2, 1, 0),
     "box_iou": (lambda x, t, a, b: box_iou(a, b).sum(), 1, 2, 0),
     "nms": (lambda x, t, a, b: nms(a, x[:, 0], 0.5), 2, 0, 1),
     "batched_nms": (

@@ -27,11 +27,19 @@ CPU = torch.device("cpu")
 NMS: Any = sys.modules[dlops_triton.nms.__module__]
 
 # A few programs of a kernel, and in the interpreter a fraction of a second.
-TINY = {"focal": {"n": 40, "c": 80}, "iou": {"n": 33, "m": 17}, "nms": {"n": 96, "kept": 16}}
+TINY = {
+    "focal": {"n": 40, "c": 80},
+    "softmax_focal": {"n": 40, "c": 80},
+    "ghm": {"n": 40, "c": 80},
+    "iou": {"n": 33, "m": 17},
+    "nms": {"n": 96, "kept": 16},
+}
 
 # What of its sizes an op gives to its kernels.
 ARGUMENTS: dict[str, Callable[[Mapping[str, int]], list[int]]] = {
     "focal": lambda sizes: [sizes["n"] * sizes["c"], sizes["c"]],
+    "softmax_focal": lambda sizes: [sizes["n"], sizes["c"]],
+    "ghm": lambda sizes: [sizes["n"] * sizes["c"], sizes["c"]],
     "iou": lambda sizes: [sizes["n"], sizes["m"]],
     "nms": lambda sizes: [sizes["n"]],
 }

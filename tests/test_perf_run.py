@@ -180,7 +180,10 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for command in ("run", "tune"):
         assert cli.main([command, "fokal"]) == 2
-        assert "no such op: fokal; there are focal, iou, nms" in capsys.readouterr().out
+        assert (
+            "no such op: fokal; there are focal, softmax_focal, ghm, iou, nms"
+            in capsys.readouterr().out
+        )
     empty = str(tmp_path / "empty.jsonl")
     Path(empty).touch()
     for command in ("plot", "report"):

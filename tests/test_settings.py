@@ -16,7 +16,16 @@ import torch
 import triton
 
 import dlops_triton
-from dlops_triton import _dispatch, _settings, box_iou, nms, sigmoid_focal_loss
+from dlops_triton import (
+    _dispatch,
+    _settings,
+    box_iou,
+    ghmc_loss,
+    ghmr_loss,
+    nms,
+    sigmoid_focal_loss,
+    softmax_focal_loss,
+)
 from dlops_triton._settings import Settings, override
 from tests.arrays import numpy
 from tests.tolerances import assert_close
@@ -233,6 +242,8 @@ def sound(name: str, values: dict[str, int] | Any, where: str) -> None:
 def test_the_defaults_are_sound_and_both_dtypes_have_the_same_settings() -> None:
     assert set(_settings.ALL) == {
         *("focal_sum", "focal_fwd", "focal_bwd", "scale", "iou_fwd", "iou_bwd"),
+        *("softmax_focal", "softmax_focal_long"),
+        *("ghm_count_rows", "ghm_count", "ghm_loss_rows", "ghm_loss", "ghm_bwd"),
         *("nms_mask", "nms_resolve", "nms_suppress"),
     }
     for name, settings in _settings.ALL.items():
@@ -281,6 +292,10 @@ def launched(monkeypatch: pytest.MonkeyPatch, gpu: str, target: str) -> dict[str
     sigmoid_focal_loss(x, torch.zeros(9, 5), reduction="sum").backward()
     wide = torch.zeros(9, 5, dtype=torch.bfloat16, requires_grad=True)
     sigmoid_focal_loss(wide, torch.zeros(9, dtype=torch.long), reduction="sum").backward()
+    for classes in (5, 5000):
+        softmax_focal_loss(torch.zeros(9, classes, dtype=HALF), torch.zeros(9, dtype=torch.long))
+    ghmc_loss(wide, torch.zeros(9, dtype=torch.long))
+    ghmr_loss(wide, torch.zeros(9, 5), reduction="none").backward(torch.zeros(9, 5))
     boxes = torch.zeros(9, 4, dtype=HALF, requires_grad=True)
     box_iou(boxes, boxes).backward(torch.zeros(9, 9, dtype=HALF))
     nms(torch.zeros(NMS.BAND + 1, 4, dtype=HALF), torch.zeros(NMS.BAND + 1), 0.5)
@@ -298,7 +313,7 @@ def test_every_launch_has_its_settings(folder: Path, monkeypatch: pytest.MonkeyP
     (folder / "a.json").write_text(json.dumps(content))
     for gpu, target, factor in (("A", "sm_90", 2), ("", "", 1)):
         found = launched(monkeypatch, gpu, target)
-        assert len(found) == 9
+        assert len(found) == 16
         for name, settings in _settings.ALL.items():
             if name == "op":
                 continue
