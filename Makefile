@@ -1,6 +1,6 @@
 # make demo    train a digit detector with the library's ops, and see what it finds
 # make test    the whole test suite
-# make check   what CI runs: tests, linters, types, the wheel, the demo's quick form
+# make check   what CI runs: tests, linters, types, the wheel, the demo's quick forms
 # make gpu-check   all that a GPU can say, in nine minutes: tests, compute-sanitizer, figures
 #
 # VENV=        use the present environment, install nothing (no network needed)
@@ -35,6 +35,7 @@ wheel: $(if $(VENV),$(VENV)/dev.installed)
 
 check: test lint types wheel
 	$(MAKE) demo ARGS="--quick --out runs/quick"
+	$(MAKE) demo ARGS="--loss all --quick --steps 20 --out runs/losses"
 
 # OUT and COMMIT reach it as environment variables.
 gpu-check: $(if $(VENV),$(VENV)/test.installed)

@@ -78,8 +78,13 @@ def plot_gradients(path: Path, name: str, logits: Tensor, labels: Tensor) -> Non
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     counts = torch.bincount(bin_of, minlength=BINS).cpu().numpy()
-    left.bar(middle, np.maximum(counts, 0.5), width=0.9 / BINS, color="C0")
-    left.set(yscale="log", ylabel="logits", title=f"Held-out logits, trained with {name}")
+    left.bar(middle, counts, width=0.9 / BINS, color="C0")
+    left.set(
+        yscale="log",
+        ylim=(0.5, None),
+        ylabel="logits",
+        title=f"Held-out logits, trained with {name}",
+    )
     for style, (loss, value) in zip(("-", "--", ":"), pulls.items(), strict=True):
         (dx,) = torch.autograd.grad(value, x)
         pull = torch.bincount(bin_of, dx.abs().flatten().double(), BINS).cpu().numpy()
