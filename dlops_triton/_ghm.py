@@ -16,7 +16,7 @@ from .reference import ghm as reference
 
 LOSS_ROWS = Settings(
     "ghm_loss_rows",
-    fp32={"BLOCK": 1024, "BLOCKS": 8, "num_warps": 1},
+    fp32={"BLOCK": 512, "BLOCKS": 8, "num_warps": 1},
     fp64={"BLOCK": 512, "BLOCKS": 8, "num_warps": 2},
 )
 LOSS = Settings(

@@ -92,7 +92,7 @@ def _traffic(bench: Bench, small: Case, dtype: str, mode: str) -> Row:
             before = meter.dram
             launch(kernel, grid, *args, **settings)
             arguments = {name: _token(a) for name, a in zip(kernel.arg_names, args, strict=False)}
-            constants = {name: settings[name] for name in kernel.arg_names if name in settings}
+            constants = {n: _plain(settings[n]) for n in kernel.arg_names if n in settings}
             launches.append(
                 {
                     "kernel": kernel.fn.__name__,
@@ -163,6 +163,11 @@ def _peak_memory(call: Callable[[], Any]) -> int:
         peak = max(peak, held)
     del kept
     return peak
+
+
+def _plain(constant: Any) -> Any:
+    """A constant as the compile gate writes it: of a tuple the words."""
+    return constant if isinstance(constant, int | float | str | None) else str(constant)
 
 
 def _token(argument: Any) -> Any:

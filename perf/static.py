@@ -111,6 +111,8 @@ def predict(row: Row, bench: Bench, records: Sequence[Any], gpu: Gpu) -> Row:
         launches = [launch for launch in row["small_launches"] if launch["kernel"] == name]
         found = {id(r): r for launch in launches for r in records if _is_of(r, launch)}
         # Of several specialisations of one kernel the call runs each about as often.
+        if not found:
+            raise RuntimeError(f"no machine code of {name} is that of a launch in {row['case']}")
         codes = [_code(r, bench.kernels[name], gpu) for r in found.values()]
         work = bench.kernels[name]
         elements, small = work.elements(row["sizes"]), row["small_elements"][name]
