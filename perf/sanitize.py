@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dlops_triton import (
+    _ghm_table,
     batched_nms,
     box_iou,
     ghmc_loss,
@@ -63,6 +64,9 @@ def calls(device: torch.device) -> None:
         ghmc_loss(x, targets, random(131), bins=30, momentum=0.7, acc_sum=acc_sum).mul(2).backward()
         ghmc_loss(x, targets, reduction="none").backward(random(131, 83))
     ghmr_loss(x, random(131, 83), random(131, 83)).backward()
+    # What a process group launches between its all-reduce and the loss.
+    totals = _ghm_table.totals_of(x, targets, None, None, 30)
+    _ghm_table.table_from(totals, acc_sum, None, None, 30, 0.7, True, False)
 
     for dtype in (torch.bfloat16, torch.float32):
         a = boxes(2, 133, dtype=dtype).requires_grad_()

@@ -37,7 +37,7 @@ WORK = bench.jobs([bench.load(op) for op in OPS], bench.DTYPES, "full")
 LEFT_OUT = "torch.compile takes no loop whose length depends on data"
 
 # How many times our time a peer takes.
-_SLOWER = {"ours": 1.0, "eager": 9.0, "compile": 1.8, "torchvision": 6.0}
+_SLOWER = {"ours": 1.0, "eager": 9.0, "compile": 1.8, "torchvision": 6.0, "mmdet": 20.0}
 
 
 def probe(**columns: Any) -> Row:
@@ -122,7 +122,7 @@ def _work_row(known: Bench, case: Case, dtype: str, mode: str) -> Row:
 def _times(row: Row, provider: str, factor: float) -> Row:
     least = max(row["bytes"] / 4.2e6, row["operations"] / 28e6)
     device = (1.25 * least + 3) * factor
-    launches = {"ours": 2, "eager": 14, "compile": 3, "torchvision": 9}[provider]
+    launches = {"ours": 2, "eager": 14, "compile": 3, "torchvision": 9, "mmdet": 60}[provider]
     waits = row["op"] == "nms"
     clocks = {"device": device, "warm": 0.8 * device + 0.5, "eager": device + 7 + 3 * launches}
     times = {
