@@ -223,7 +223,7 @@ def test_markdown_of_measurements(rows: list[Row]) -> None:
         "over torchvision", "over mmdet",
     ]  # fmt: skip
     assert all(len(line) == 10 for line in lines)
-    works = [(line[0].strip("| "), *line[1:4]) for line in lines[2:]]
+    works = [(line[0].strip("| ").replace("\\", ""), *line[1:4]) for line in lines[2:]]
     assert works == [
         *((op, "retinanet", dtype, "fwd+bwd") for op in LOSSES for dtype in ("bf16", "fp32")),
         ("iou", "square-10k", "bf16", "fwd+bwd"),
