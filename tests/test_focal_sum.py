@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlops_triton import _dispatch, sigmoid_focal_loss
+from dlops_triton import _dispatch, _focal_sum, _settings, sigmoid_focal_loss
 from dlops_triton.reference import focal as reference
 from tests.arrays import numpy
 from tests.tolerances import assert_close
@@ -64,16 +64,28 @@ def test_every_layout_matches_the_reference(
             assert grad.stride() == x.stride()
 
 
-@pytest.mark.parametrize("rows", [1, 13, 1023, 1025, 8192])
-@pytest.mark.parametrize("classes", [1, 2, 3000])
+@pytest.fixture(params=[1, 3, 31], ids="blocks{}".format)
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Programs of that many blocks, which else only large tensors have."""
+    monkeypatch.setattr(_focal_sum, "_PROGRAMS", 1)
+    with _settings.override("focal_sum", BLOCKS=request.param):
+        yield
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("rows", [13, 1025, 8192])
+@pytest.mark.parametrize(
+    ("classes", "columns"), [(1, False), (2, False), (3000, False), (2, True), (67, True)]
+)
 def test_few_and_many_classes(
-    rows: int, classes: int, kernel: torch.device, rng: np.random.Generator
+    rows: int, classes: int, columns: bool, kernel: torch.device, rng: np.random.Generator
 ) -> None:
     """Rows that share a block, and rows of several blocks, ends inside and on the edges."""
-    rows = min(rows, 30_000 // classes)
-    x = torch.from_numpy(rng.normal(0, 3, (rows, classes))).float().to(kernel).requires_grad_()
+    rows = min(rows, 60_000 // classes)
+    x = torch.from_numpy(rng.normal(0, 3, (rows, classes))).float().to(kernel)
+    x = (x.T.contiguous().T if columns else x).requires_grad_()
     t = labels_of((rows,), classes, rng).to(kernel)
-    for ignore_index in (-100, classes // 2):
+    for ignore_index in (-100, classes // 2, classes):
         loss = sigmoid_focal_loss(x, t, reduction="mean", ignore_index=ignore_index)
         (grad,) = torch.autograd.grad(loss, x)
         args = numpy(x), numpy(t)

@@ -119,3 +119,12 @@ def test_bins_of_fp64_are_exact(kernel: torch.device) -> None:
         )
         assert want.max() == 2
         assert _ghm_table.totals_of(*args)[:10].tolist() == want.tolist()
+
+
+def test_a_block_of_nothing_but_a_threshold(kernel: torch.device) -> None:
+    """Its largest key reaches that threshold, and no higher one."""
+    for k, threshold in enumerate(reference.thresholds(10, None, False)):
+        x = torch.full((4, 8), threshold, device=kernel)
+        t = torch.full((4,), -1, device=kernel)
+        totals = _ghm_table.totals_of(x, t, None, None, 10)
+        assert totals[:10].tolist() == [32 * (i == k + 1) for i in range(10)]

@@ -183,6 +183,29 @@ def test_masked_classes(device: torch.device) -> None:
     assert grad[1].tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("shape", [(3, 5000), (1, 5000, 2)], ids=str)
+def test_options_of_long_rows(
+    shape: tuple[int, ...], kernel: torch.device, rng: np.random.Generator
+) -> None:
+    """Whose classes are taken a block at a time; of the first, none may be allowed."""
+    w = torch.from_numpy(rng.uniform(0.5, 2, shape[1])).float().to(kernel)
+    w[:2100] = 0
+    masked = torch.from_numpy(rng.normal(20, 4, shape)).float().to(kernel)
+    masked[:, :2100] = -math.inf
+    for x in (masked, masked.clamp(min=-30)):
+        x.requires_grad_()
+        t = torch.full(shape[:1] + shape[2:], 4321, device=kernel)
+        loss = softmax_focal_loss(x, t, reduction="sum", weight=w, label_smoothing=0.1)
+        (grad,) = torch.autograd.grad(loss, x)
+        args = numpy(x), numpy(t), None, 2.0
+        options: dict[str, Any] = {"class_weight": numpy(w), "label_smoothing": 0.1}
+        assert_close(loss, reference.softmax_focal_loss(*args, **options).sum())
+        # The smoothing's share of a class cancels against the class's probability.
+        share = 0.1 / shape[1] * float(w.max())
+        assert_close(grad, reference.softmax_focal_loss_grad(*args, **options), scale=share)
+        assert bool(grad.isfinite().all())
+
+
 @pytest.mark.parametrize("shape", [(70, 5), (2, 5, 35)])
 def test_rows_that_do_not_count_may_hold_anything(
     shape: tuple[int, ...], device: torch.device
