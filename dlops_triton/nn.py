@@ -109,7 +109,7 @@ class GHMC(_GHM):
             None, bins, momentum, loss_weight, reduction, bias_correction, process_group
         )
         if use_sigmoid is not True:
-            raise NotImplementedError(f"use_sigmoid must be True, got {use_sigmoid!r}")
+            raise ValueError(f"use_sigmoid must be True, got {use_sigmoid!r}")
         self.use_sigmoid = use_sigmoid
 
     def forward(

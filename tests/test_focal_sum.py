@@ -73,7 +73,7 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 @pytest.mark.usefixtures("blocks")
-@pytest.mark.parametrize("rows", [13, 1025, 8192])
+@pytest.mark.parametrize("rows", [1, 13, 1023, 1025, 8192])
 @pytest.mark.parametrize(
     ("classes", "columns"), [(1, False), (2, False), (3000, False), (2, True), (67, True)]
 )
@@ -81,7 +81,7 @@ def test_few_and_many_classes(
     rows: int, classes: int, columns: bool, kernel: torch.device, rng: np.random.Generator
 ) -> None:
     """Rows that share a block, and rows of several blocks, ends inside and on the edges."""
-    rows = min(rows, 60_000 // classes)
+    rows = min(rows, 90_000 // classes)
     x = torch.from_numpy(rng.normal(0, 3, (rows, classes))).float().to(kernel)
     x = (x.T.contiguous().T if columns else x).requires_grad_()
     t = labels_of((rows,), classes, rng).to(kernel)

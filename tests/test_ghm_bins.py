@@ -31,22 +31,22 @@ def large_blocks() -> Iterator[None]:
 def members(x: Tensor, target: Tensor, mu: float | None, bins: int, reduce: bool) -> Any:
     """The bin of each element that the second pass looks up, 0 if the gradient is tiny."""
     table = _ghm_table.table_of(x, target, None, None, None, mu, bins, 0.0, False)
-    table[:bins] = torch.arange(1, bins + 1)
+    table[:bins] = torch.arange(1, bins + 1, device=x.device)
     table[bins] = bins
     options = (x, target, None, table)
     if reduce:
         dx = _ghm._loss(*options, None, 1.0, mu, bins, True, True)[1][0]
     else:
         dx = _ghm._bwd(torch.ones_like(x), *options, 1.0, mu, bins)
-    pred, t = x.float().numpy(), target.float().numpy()
+    pred, t = x.float().cpu().numpy(), target.float().cpu().numpy()
     g = reference.norm(pred, reference.dense_targets(pred, t), mu)
     seen = g > 1e-4
     return np.where(seen, (np.abs(numpy(dx)) / np.where(seen, g, 1)).round() - 1, 0)
 
 
 def check_members(x: Tensor, target: Tensor, mu: float | None, bins: int, reduce: bool) -> None:
-    dense = target.float().numpy() if target.dim() == x.dim() else target.numpy()
-    want = reference.membership(x.float().numpy(), dense, None, mu, bins)
+    dense = (target.float() if target.dim() == x.dim() else target).cpu().numpy()
+    want = reference.membership(x.float().cpu().numpy(), dense, None, mu, bins)
     totals = _ghm_table.totals_of(x, target, None, mu, bins)
     assert totals[:bins].tolist() == np.bincount(want[want >= 0], minlength=bins).tolist()
     assert totals[bins] == x.numel()
@@ -78,26 +78,24 @@ def around(thresholds: tuple[float, ...]) -> Tensor:
 def test_bins_of_ghmc_are_exact(
     bins: int, positive: bool, dtype: torch.dtype, form: str, kernel: torch.device
 ) -> None:
-    if kernel.type != "cpu":
-        pytest.skip("checked in the interpreter, and in the machine code")
     if dtype == FLOAT:
         x = around(reference.thresholds(bins, None, False)) * (-1 if positive else 1)
     else:
         x = all_of(dtype)
+    x = x.to(kernel)
     if form == "dense":
-        check_members(x, torch.full(x.shape, float(positive)), None, bins, False)
+        check_members(x, torch.full(x.shape, float(positive), device=kernel), None, bins, False)
         return
     # Positives have one class, negatives many; half of them, of which the interpreter takes long.
     x = x[bins == 10 :: 2, None] if positive else x[: x.numel() // 8 * 8].reshape(-1, 8)
-    check_members(x, torch.full((len(x),), 0 if positive else -1), None, bins, True)
+    t = torch.full((len(x),), 0 if positive else -1, device=kernel)
+    check_members(x, t, None, bins, True)
 
 
 @pytest.mark.parametrize("bins", [10, 30])
 @pytest.mark.parametrize("mu", [0.02, 1.0])
 def test_bins_of_ghmr_are_exact(bins: int, mu: float, kernel: torch.device) -> None:
-    if kernel.type != "cpu":
-        pytest.skip("checked in the interpreter, and in the machine code")
-    x = around(reference.thresholds(bins, mu, False))
+    x = around(reference.thresholds(bins, mu, False)).to(kernel)
     for pred, target in (
         (x, torch.zeros_like(x)),
         (-x, torch.zeros_like(x)),
@@ -105,7 +103,7 @@ def test_bins_of_ghmr_are_exact(bins: int, mu: float, kernel: torch.device) -> N
     ):
         check_members(pred, target, mu, bins, False)
     for dtype in (BFLOAT, HALF):
-        x = all_of(dtype)
+        x = all_of(dtype).to(kernel)
         check_members(x, torch.full_like(x, 0.25), mu, bins, False)
 
 

@@ -282,7 +282,7 @@ def test_modules_call_the_functions(mu: float | None, device: torch.device) -> N
     module.eval()
     if isinstance(module, GHMC):
         assert torch.equal(module(x, t, w, avg_factor=3.0), want)
-        with pytest.raises(NotImplementedError, match="use_sigmoid must be True, got False"):
+        with pytest.raises(ValueError, match="use_sigmoid must be True, got False"):
             GHMC(use_sigmoid=False)
     else:
         torch.testing.assert_close(module(x, t, w, 20.0), want * 2)
