@@ -4,7 +4,8 @@ from ._dispatch import implementation
 from .focal import sigmoid_focal_loss
 from .ghm import ghmc_loss, ghmr_loss
 from .iou import box_iou
-from .nms import batched_nms, nms
+from .nms import batched_nms, nms, nms_padded
+from .soft_nms import soft_nms, soft_nms_padded
 from .softmax_focal import softmax_focal_loss
 
 __version__ = "0.1.0"
@@ -16,6 +17,9 @@ __all__ = [
     "ghmr_loss",
     "implementation",
     "nms",
+    "nms_padded",
     "sigmoid_focal_loss",
+    "soft_nms",
+    "soft_nms_padded",
     "softmax_focal_loss",
 ]

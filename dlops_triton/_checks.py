@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INDICES = (torch.int64, torch.int32)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # torch.export traces sizes as symbolic numbers.
@@ -42,6 +43,34 @@ def boxes(name: str, value: object, batched: bool = False) -> None:
     if value.dim() < 2 or (value.dim() > 2 and not batched) or value.shape[-1] != 4:
         raise ValueError(f"{name} must have shape {shape} (xyxy), got {tuple(value.shape)}")
     dtype(name, value)
+
+
+def images(name: str, value: object) -> None:
+    """Boxes of several images, [B, N, 4]."""
+    boxes(name, value, batched=True)
+    assert isinstance(value, Tensor)
+    if value.dim() != 3:
+        raise ValueError(f"{name} must have shape [B, N, 4] (xyxy), got {tuple(value.shape)}")
+
+
+def detections(boxes: Tensor, scores: object, idxs: object = None, valid: object = None) -> None:
+    """A score and perhaps a class per box, and perhaps a number of boxes per image."""
+    of_box, of_image = tuple(boxes.shape[:-1]), tuple(boxes.shape[:-2])
+    for name, value, shape, accepted, per in (
+        ("scores", scores, of_box, FLOATS, "box"),
+        ("idxs", idxs, of_box, INDICES, "box"),
+        ("valid", valid, of_image, INDICES, "image"),
+    ):
+        if value is None and name != "scores":
+            continue
+        tensor(name, value)
+        assert isinstance(value, Tensor)
+        dtype(name, value, accepted)
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"{name} must have shape {shape}, one per {per}, got {tuple(value.shape)}"
+            )
+        same_device(name, value, "boxes", boxes)
 
 
 def choice(name: str, value: object, accepted: Sequence[object]) -> None:
@@ -82,3 +111,13 @@ def avg_factor(value: object, inputs: Tensor, reduction: str) -> None:
         raise ValueError(f"avg_factor must have one element, got shape {tuple(value.shape)}")
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError("avg_factor must not require a gradient (it gets none): detach it")
+
+
+def score_threshold(value: object, scores: Tensor) -> float:
+    """A finite number, rounded to fp32 unless the scores are fp64."""
+    number("score_threshold", value, -float("inf"), float("inf"), "finite")
+    threshold = float(value)  # type: ignore[arg-type]
+    if scores.dtype == torch.float64:
+        return threshold
+    largest = np.finfo(np.float32).max
+    return float(np.float32(np.clip(threshold, -largest, largest)))

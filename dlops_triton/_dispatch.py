@@ -31,12 +31,16 @@ def register(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     tags: Sequence[torch.Tag] = (),
+    vmap: int = 0,
 ) -> Callable[..., Any]:
     """Define ``dlops::<schema>`` and return its overload.
 
     ``launcher`` runs the kernels, ``reference`` takes and returns CPU tensors, ``fake`` gives the
-    metadata of the result. define/impl is the registration that costs least per call and the only
-    one that opcheck, fullgraph compilation and the interpreter all accept.
+    metadata of the result. ``vmap``: so many first arguments are tensors, or None, whose leading
+    dimension :func:`torch.vmap` may multiply, and with it that of every result.
+
+    define/impl is the registration that costs least per call and the only one that opcheck,
+    fullgraph compilation and the interpreter all accept.
     """
     name = schema.split("(", 1)[0]
 
@@ -47,7 +51,30 @@ def register(
     _library.impl(name, launcher, "CUDA")
     _library.impl(name, on_cpu, "CPU")
     torch.library.register_fake(f"dlops::{name}", fake, lib=_library)
-    return getattr(torch.ops.dlops, name).default
+    op = getattr(torch.ops.dlops, name).default
+    if vmap:
+        torch.library.register_vmap(
+            f"dlops::{name}", functools.partial(_vmapped, op, vmap), lib=_library
+        )
+    return op
+
+
+def _vmapped(op: Any, tensors: int, info: Any, dims: tuple[int | None, ...], *args: Any) -> Any:
+    """Run an op over one more dimension than its leading one, by merging the two.
+
+    ``tensors``: so many first arguments are tensors, or None, with that leading dimension.
+    """
+    size = info.batch_size
+
+    def merged(t: Tensor | None, dim: int | None) -> Tensor | None:
+        if t is None:
+            return None
+        t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+        return t.flatten(0, 1)
+
+    first = [merged(t, dim) for t, dim in zip(args[:tensors], dims[:tensors], strict=True)]
+    outputs = op(*first, *args[tensors:])
+    return tuple(t.unflatten(0, (size, -1)) for t in outputs), (0,) * len(outputs)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:

@@ -4,25 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 
-from . import _checks, _dispatch
-from ._settings import Settings
-from .kernels.nms import nms_mask_kernel, nms_resolve_kernel, nms_suppress_kernel
+from . import _checks, _dispatch, _nms
 from .reference import nms as reference
-
-# A band's bitmask takes BAND^2 / 8 bytes, here 32 MiB. BAND is a multiple of every BLOCK.
-BAND = 16384
-# The defaults are predicted. BLOCK is how many boxes one program decides at a time; the resolver
-# walks the bitmask in the blocks that it was written in.
-MASK = Settings("nms_mask", fp32={"BLOCK": 512, "ROWS": 4, "num_warps": 4})
-RESOLVE = Settings("nms_resolve", fp32={"WORDS": 16, "num_warps": 8})
-SUPPRESS = Settings(
-    "nms_suppress",
-    fp32={"BLOCK": 512, "ROWS": 4, "WORDS": 64, "num_warps": 4},
-    fp64={"BLOCK": 256, "ROWS": 4, "WORDS": 64, "num_warps": 4},
-)
 
 
 def nms(
@@ -58,9 +43,14 @@ def nms(
 
     IoU is IEEE fp32 arithmetic (fp64 for fp64 boxes). A box whose area, or a pair whose IoU, is
     NaN (NaN or infinite coordinates, two boxes without area) neither suppresses nor is suppressed.
-    Bitwise deterministic. Memory is O(N) above 16,384 boxes. The host waits once, for K.
+    Bitwise deterministic. Memory is O(N): up to 24,576 boxes share a bitmask, of more each band
+    has one. The host waits once, for K; :func:`nms_padded` never waits.
     """
-    return _checked(boxes, scores, None, iou_threshold, offset, score_threshold, max_output)
+    _checks.boxes("boxes", boxes)
+    _checks.detections(boxes, scores)
+    options = _options(scores, iou_threshold, offset, score_threshold, max_output)
+    indices: Tensor = _op(boxes.detach(), scores.detach(), None, *options)
+    return indices
 
 
 def batched_nms(
@@ -87,53 +77,78 @@ def batched_nms(
     Returns:
         int64 [K], indices into ``boxes`` by descending score over all classes.
     """
+    _checks.boxes("boxes", boxes)
     _checks.tensor("idxs", idxs)
-    return _checked(boxes, scores, idxs, iou_threshold, offset, score_threshold, max_output)
+    _checks.detections(boxes, scores, idxs)
+    options = _options(scores, iou_threshold, offset, score_threshold, max_output)
+    indices: Tensor = _op(boxes.detach(), scores.detach(), idxs, *options)
+    return indices
 
 
-def _checked(
+def nms_padded(
     boxes: Tensor,
     scores: Tensor,
-    idxs: Tensor | None,
+    iou_threshold: float,
+    *,
+    idxs: Tensor | None = None,
+    valid: Tensor | None = None,
+    offset: int = 0,
+    score_threshold: float | None = None,
+    max_output: int,
+) -> tuple[Tensor, Tensor]:
+    """:func:`nms`, or :func:`batched_nms`, of several images at once, in a fixed amount of memory.
+
+    Nothing waits for the GPU and no shape depends on data, so it can be captured in a CUDA graph,
+    compiled with fullgraph, exported and vmapped.
+
+    Args:
+        boxes: [B, N, 4] boxes (x1, y1, x2, y2), fp16, bf16, fp32 or fp64, any strides.
+        scores: [B, N], floating point.
+        iou_threshold, offset, score_threshold: as in :func:`nms`.
+        idxs: [B, N] class of each box, int32 or int64, any values: only boxes of the same image
+            and class suppress one another.
+        valid: [B] int32 or int64: only the first so many boxes of an image take part. Below 0 it
+            counts as 0, above N as N.
+        max_output: room for so many indices per image, all classes together.
+
+    Returns:
+        indices: int64 [B, max_output], of boxes of the image, by descending score; equal scores in
+            order of index, NaN scores last; then -1.
+        counts: int32 [B], how many they are.
+
+    Raises:
+        TypeError, ValueError: as :func:`nms` does.
+
+    The indices are those of :func:`nms` (of :func:`batched_nms` with ``idxs``) on each image alone.
+    Bitwise deterministic, no host synchronisation.
+    """
+    _checks.images("boxes", boxes)
+    _checks.detections(boxes, scores, idxs, valid)
+    if max_output is None:
+        raise TypeError("max_output must be an integer of at least 0, got None")
+    options = _options(scores, iou_threshold, offset, score_threshold, max_output)
+    padded: tuple[Tensor, Tensor] = _padded_op(
+        boxes.detach(), scores.detach(), idxs, valid, *options
+    )
+    return padded
+
+
+def _options(
+    scores: Tensor,
     iou_threshold: float,
     offset: int,
     score_threshold: float | None,
     max_output: int | None,
-) -> Tensor:
-    _checks.boxes("boxes", boxes)
-    _checks.tensor("scores", scores)
-    _checks.dtype("scores", scores)
-    for name, value in (("scores", scores), ("idxs", idxs)):
-        if value is None:
-            continue
-        if tuple(value.shape) != (boxes.shape[0],):
-            raise ValueError(
-                f"{name} must have shape ({boxes.shape[0]},), one per box, got {tuple(value.shape)}"
-            )
-        _checks.same_device(name, value, "boxes", boxes)
-    if idxs is not None:
-        _checks.dtype("idxs", idxs, (torch.int64, torch.int32))
+) -> tuple[float, int, float | None, int | None]:
+    """What NMS is asked for, checked and as the ops take it."""
     _checks.number("iou_threshold", iou_threshold, 0, 1, "in [0, 1]")
     _checks.choice("offset", offset, (0, 1))
     if score_threshold is not None:
-        _checks.number("score_threshold", score_threshold, -float("inf"), float("inf"), "finite")
-        score_threshold = float(score_threshold)
-        if scores.dtype != torch.float64:
-            largest = np.finfo(np.float32).max
-            score_threshold = float(np.float32(np.clip(score_threshold, -largest, largest)))
+        score_threshold = _checks.score_threshold(score_threshold, scores)
     if max_output is not None:
         _checks.integer("max_output", max_output, 0, 2**63 - 1, "None or an integer of at least 0")
         max_output = int(max_output) if isinstance(max_output, np.integer) else max_output
-    indices: Tensor = _nms(
-        boxes.detach(),
-        scores.detach(),
-        idxs,
-        float(np.float32(iou_threshold)),
-        int(offset),
-        score_threshold,
-        max_output,
-    )
-    return indices
+    return float(np.float32(iou_threshold)), int(offset), score_threshold, max_output
 
 
 def _launch(
@@ -144,88 +159,33 @@ def _launch(
     offset: int,
     score_threshold: float | None,
     max_output: int | None,
+    tier: str | None = None,
 ) -> Tensor:
     n = boxes.shape[0]
     if n == 0:
         return boxes.new_empty(0, dtype=torch.int64)
-    scores = scores.to(_dispatch.compute_dtype(scores.dtype))
-    # Negated, so that a stable ascending sort puts the best first and NaN last, whose sign a radix
-    # sort would heed; 0 - x has no -0.0.
-    key = torch.where(scores == scores, 0 - scores, float("nan"))
-    negated, order = torch.sort(key, stable=True)
-    if score_threshold is None:
-        keep = torch.ones_like(order, dtype=torch.bool)
-    else:
-        keep = negated < -score_threshold
-    ids = None if idxs is None else idxs.index_select(0, order)
-    _suppress(boxes.index_select(0, order), ids, keep.view(torch.int8), iou_threshold, offset)
+    most = n if max_output is None else min(max_output, n)
+    options = _nms.Options(iou_threshold, offset, score_threshold, most)
+    boxes, scores = boxes[None], scores[None]
+    idxs = None if idxs is None else idxs[None]
+    if tier is None:
+        tier = "small" if _nms.is_small(scores) else "bands" if idxs is None else "segments"
+    if tier == "small":
+        indices, counts = _nms.small(boxes, scores, idxs, None, options)
+        return indices[0, : counts.item()]
+    ranked = _nms.by_score(scores, None, score_threshold)
+    order, alive = ranked
+    if tier == "bands":
+        keep = torch.ones_like(order, dtype=torch.bool) if alive is None else alive
+        _nms.bands(boxes[0].index_select(0, order[0]), keep[0], options)
+        return order.masked_select(keep)[:max_output]
+    keep, is_large = _nms.segments(boxes, idxs, ranked, options, _nms.LARGEST_SEGMENT)
+    indices, counts = _nms.listed(order, keep, most)
+    count, more = torch.cat((counts, is_large)).tolist()
+    if not more:
+        return indices[0, :count]
+    _nms.large_segments(boxes, idxs, ranked, keep, _nms.LARGEST_SEGMENT, options)
     return order.masked_select(keep)[:max_output]
-
-
-def _suppress(
-    boxes: Tensor, ids: Tensor | None, keep: Tensor, iou_threshold: float, offset: int
-) -> None:
-    """Clear in ``keep`` (int8 [N]) the boxes that fall. Boxes, best first, and ids contiguous."""
-    n = boxes.shape[0]
-    masking, resolving = MASK.on(boxes), RESOLVE.on(boxes)
-    block = masking["BLOCK"]
-    size = min(n, BAND)
-    words = triton.cdiv(size, 32)
-    stride = triton.cdiv(size, block) * block
-    mask = boxes.new_empty((words, stride), dtype=torch.int32)
-    kept = boxes.new_empty(words, dtype=torch.int32)
-    for start in range(0, n, BAND):
-        end = min(start + BAND, n)
-        size = end - start
-        words = triton.cdiv(size, 32)
-        _dispatch.launch(
-            nms_mask_kernel,
-            (triton.cdiv(size, block), words),
-            boxes,
-            ids,
-            mask,
-            start,
-            size,
-            stride,
-            iou_threshold,
-            OFFSET=offset,
-            enable_fp_fusion=False,
-            **masking,
-        )
-        _dispatch.launch(
-            nms_resolve_kernel,
-            (1,),
-            mask,
-            keep,
-            kept,
-            start,
-            size,
-            stride,
-            BLOCK=block,
-            enable_fp_fusion=False,
-            **resolving,
-        )
-        if end < n:
-            suppressing = SUPPRESS.on(boxes)
-            grid = (
-                triton.cdiv(n - end, suppressing["BLOCK"]),
-                triton.cdiv(words, suppressing["WORDS"]),
-            )
-            _dispatch.launch(
-                nms_suppress_kernel,
-                grid,
-                boxes,
-                ids,
-                keep,
-                kept,
-                start,
-                end,
-                n,
-                iou_threshold,
-                OFFSET=offset,
-                enable_fp_fusion=False,
-                **suppressing,
-            )
 
 
 def _reference(
@@ -249,15 +209,98 @@ def _reference(
     return _dispatch.from_numpy(kept, torch.int64)
 
 
+def _launch_padded(
+    boxes: Tensor,
+    scores: Tensor,
+    idxs: Tensor | None,
+    valid: Tensor | None,
+    iou_threshold: float,
+    offset: int,
+    score_threshold: float | None,
+    max_output: int,
+    tier: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    n = scores.shape[1]
+    if scores.numel() == 0 or max_output == 0:
+        indices, counts = _alloc_padded(
+            boxes, scores, idxs, valid, iou_threshold, offset, score_threshold, max_output
+        )
+        return indices.fill_(-1), counts.zero_()
+    options = _nms.Options(iou_threshold, offset, score_threshold, max_output)
+    if tier is None:
+        tier = "small" if _nms.is_small(scores) else "segments"
+        if idxs is None and _nms.takes_bands(n, max_output):
+            tier = "bands"
+    if tier == "small":
+        return _nms.small(boxes, scores, idxs, valid, options)
+    ranked = _nms.by_score(scores, valid, score_threshold)
+    if tier == "segments":
+        keep, _ = _nms.segments(boxes, idxs, ranked, options)
+    else:
+        order, alive = ranked
+        keep = torch.ones_like(order, dtype=torch.bool) if alive is None else alive
+        for image, order, kept in zip(boxes, ranked.order, keep, strict=True):
+            _nms.bands(image.index_select(0, order), kept, options)
+    return _nms.listed(ranked.order, keep, max_output)
+
+
+def _reference_padded(
+    boxes: Tensor,
+    scores: Tensor,
+    idxs: Tensor | None,
+    valid: Tensor | None,
+    iou_threshold: float,
+    offset: int,
+    score_threshold: float | None,
+    max_output: int,
+) -> tuple[Tensor, Tensor]:
+    indices, counts = reference.nms_padded(
+        _dispatch.to_numpy(boxes),
+        _dispatch.to_numpy(scores),
+        iou_threshold,
+        idxs=None if idxs is None else _dispatch.to_numpy(idxs),
+        valid=None if valid is None else _dispatch.to_numpy(valid),
+        offset=offset,
+        score_threshold=score_threshold,
+        max_output=max_output,
+    )
+    return _dispatch.from_numpy(indices, torch.int64), _dispatch.from_numpy(counts, torch.int32)
+
+
+def _alloc_padded(
+    boxes: Tensor,
+    scores: Tensor,
+    idxs: Tensor | None,
+    valid: Tensor | None,
+    iou_threshold: float,
+    offset: int,
+    score_threshold: float | None,
+    max_output: int,
+) -> tuple[Tensor, Tensor]:
+    images = boxes.shape[0]
+    return (
+        boxes.new_empty((images, max_output), dtype=torch.int64),
+        boxes.new_empty(images, dtype=torch.int32),
+    )
+
+
 def _fake(boxes: Tensor, *_: object) -> Tensor:
     size = torch.library.get_ctx().new_dynamic_size()
     return boxes.new_empty(size, dtype=torch.int64)
 
 
-_nms = _dispatch.register(
+_op = _dispatch.register(
     "nms(Tensor boxes, Tensor scores, Tensor? idxs, float iou_threshold, int offset, "
     "float? score_threshold, SymInt? max_output) -> Tensor",
     _launch,
     _reference,
     _fake,
+)
+_padded_op = _dispatch.register(
+    "nms_padded(Tensor boxes, Tensor scores, Tensor? idxs, Tensor? valid, float iou_threshold, "
+    "int offset, float? score_threshold, SymInt max_output) -> (Tensor, Tensor)",
+    _launch_padded,
+    _reference_padded,
+    _alloc_padded,
+    vmap=4,
 )

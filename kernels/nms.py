@@ -1,65 +1,219 @@
-"""Greedy non-maximum suppression in bounded memory, with exact IoU decisions.
+"""Greedy non-maximum suppression with exact IoU decisions, in three tiers.
 
-Boxes come sorted by score. They are taken in bands of a few thousand. In each band
-
-1. `nms_mask_kernel` writes, for 32 earlier boxes j at a time, a word per box i whose bit says
-   that j would suppress i:  bit = (j < i) & (id_j == id_i) & (I / (A_j + A_i - I) > threshold),
-2. `nms_resolve_kernel`, one program, finds which boxes are kept,
-3. `nms_suppress_kernel` lets the kept boxes strike out the boxes of all later bands.
-
-So memory is one band's bitmask (BAND^2 / 8 bytes) and a byte per box, for any number of boxes.
+1. One program per segment (an image, or a class of one): `nms_small_kernel` sorts a small image
+   itself, `nms_segments_kernel` takes what is sorted already. The boxes come in blocks, best first;
+   a block is compared with the list of kept boxes, then with itself.
+2. A band of all boxes: `nms_mask_kernel` writes, for 32 boxes j at a time, a word per box i whose
+   bit says that j comes before i and overlaps it by more than the threshold; `nms_resolve_kernel`,
+   one program, finds which boxes are kept.
+3. Several bands, so that memory is linear: between two of them `nms_suppress_kernel` lets the kept
+   boxes of the one strike out boxes of all later ones.
 
 The greedy choice inside a block is the fixed point of  keep_i = alive_i & not any_j(keep_j &
 bit_ji):  j < i makes the relation triangular, so after r rounds the first r boxes are final; real
 sets need a handful of rounds, and none needs more than the block has boxes.
 
-The decision is IEEE arithmetic in the order of `kernels/iou.py`: no fused multiply-add, rounded
-division. A NaN area or IoU compares false and suppresses nothing.
-
-Instructions per pair on sm_90, fp32: about 37, most of them the division.
+How two boxes are compared is in `_nms.py`. Instructions per pair on sm_90, fp32: 13 are needed, and
+a share of what loads box j; 16.5 to 20 with all that is around them.
 """
 
 import triton
 import triton.language as tl
 
-from ._math import box_area, box_overlap, div_rn, nan_max
+from ._nms import (
+    advanced,
+    any_kept,
+    bits_before,
+    decision,
+    excess,
+    fixed_point,
+    needs_division,
+    pack,
+    packed,
+    read_boxes,
+    relation,
+    segment_length,
+    starts_segment,
+    struck,
+)
 
 
 @triton.jit
-def _load_boxes(boxes_ptr, ids_ptr, index, mask, OFFSET: tl.constexpr, ACC: tl.constexpr):
-    p = boxes_ptr + index * 4
-    x1 = tl.load(p, mask=mask, other=0).to(ACC)
-    y1 = tl.load(p + 1, mask=mask, other=0).to(ACC)
-    x2 = tl.load(p + 2, mask=mask, other=0).to(ACC)
-    y2 = tl.load(p + 3, mask=mask, other=0).to(ACC)
-    if ids_ptr is None:
-        ids = tl.zeros(index.shape, tl.int32)
-    else:
-        ids = tl.load(ids_ptr + index, mask=mask, other=0)
-    return x1, y1, x2, y2, box_area(x1, y1, x2, y2, OFFSET), ids
+def _choose(
+    boxes_ptr, ids_ptr, list_ptr, n, limit, threshold,
+    OFFSET: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Reduce a list of n boxes, best first, to those kept, at most limit. Returns their number.
+
+    The list is written over from its front: never more boxes are kept than have been read.
+    """
+    half, tiny = decision(threshold)
+    kept = 0
+    first = 0
+    while (first < n) & (kept < limit):
+        lane = tl.arange(0, BLOCK)
+        inside = first + lane < n
+        block_ptr = list_ptr + first
+        here = tl.minimum(n - first, BLOCK)
+        i = tl.load(block_ptr + lane, mask=inside, other=0)
+        box_i = read_boxes(boxes_ptr, i, inside, OFFSET)
+        i_id = i
+        if ids_ptr is not None:
+            i_id = tl.load(ids_ptr + i, mask=inside, other=0)
+        if needs_division(box_i[4], tiny):
+            worst = struck(
+                boxes_ptr, ids_ptr, list_ptr, kept, box_i, i_id, threshold, half, OFFSET, 1, True
+            )
+            bits = relation(
+                boxes_ptr, ids_ptr, block_ptr, here, box_i, i_id, threshold, half, OFFSET,
+                BLOCK, 1, True,
+            )  # fmt: skip
+        else:
+            worst = struck(
+                boxes_ptr, ids_ptr, list_ptr, kept, box_i, i_id, threshold, half, OFFSET,
+                ROWS, False,
+            )  # fmt: skip
+            bits = relation(
+                boxes_ptr, ids_ptr, block_ptr, here, box_i, i_id, threshold, half, OFFSET,
+                BLOCK, ROWS, False,
+            )  # fmt: skip
+        alive = tl.where(worst > 0, 0, inside.to(tl.int32))
+        keep = fixed_point(bits, alive, BLOCK)
+        at = kept + tl.cumsum(keep, axis=0) - keep
+        keep = tl.where(at < limit, keep, 0)
+        # Other threads may still be reading the list where it is now written, and vice versa.
+        tl.debug_barrier()
+        tl.store(list_ptr + at, i, mask=keep > 0)
+        tl.debug_barrier()
+        kept += tl.sum(keep, axis=0)
+        first += BLOCK
+    return kept
 
 
 @triton.jit
-def _suppresses(j, i, threshold, OFFSET: tl.constexpr, HAS_IDS: tl.constexpr):
-    """[J, I]: does box j overlap box i of the same id by more than the threshold?"""
-    jx1, jy1, jx2, jy2, j_area, j_id = j
-    ix1, iy1, ix2, iy2, i_area, i_id = i
-    w, h = box_overlap(
-        jx1[:, None], jy1[:, None], jx2[:, None], jy2[:, None],
-        ix1[None, :], iy1[None, :], ix2[None, :], iy2[None, :], OFFSET,
-    )  # fmt: skip
-    inter = nan_max(w, 0.0) * nan_max(h, 0.0)
-    hit = div_rn(inter, j_area[:, None] + i_area[None, :] - inter) > threshold
-    if HAS_IDS:
-        hit = hit & (j_id[:, None] == i_id[None, :])
-    return hit
+def _descending(score):
+    """An int32 that rises as the score falls; both zeros are the same, a NaN comes last."""
+    bits = (score + 0.0).to(tl.int32, bitcast=True)
+    rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(score == score, -1 - rising, 0x7FFFFFFF)
+
+
+@triton.jit
+def nms_small_kernel(
+    boxes_ptr,  # [B, n, 4]
+    scores_ptr,  # [B, n]
+    ids_ptr,  # [B, n], or None
+    valid_ptr,  # [B] boxes that count, the first ones; or None
+    order_ptr,  # [B, n] int64, for its own use
+    indices_ptr,  # [B, max_output] int64: the kept boxes, best first, then -1
+    counts_ptr,  # [B] int32
+    n,  # at most SIZE
+    max_output,
+    threshold,
+    score_threshold,  # or None
+    OFFSET: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One program sorts one image and chooses its boxes."""
+    image = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, SIZE)
+    size = n
+    if valid_ptr is not None:
+        size = tl.minimum(tl.load(valid_ptr + image), n).to(tl.int32)
+    takes_part = lane < size
+    score = tl.load(scores_ptr + image * n + lane, mask=takes_part, other=0).to(tl.float32)
+    if score_threshold is not None:
+        takes_part = takes_part & (score > score_threshold)
+    key = (_descending(score).to(tl.int64) << 32) | lane
+    key = tl.sort(tl.where(takes_part, key, 0x7FFFFFFFFFFFFFFF))
+    size = tl.sum(takes_part.to(tl.int32), axis=0)
+    list_ptr = order_ptr + image * n
+    tl.store(list_ptr + lane, key & 0xFFFFFFFF, mask=lane < size)
+    tl.debug_barrier()
+    ids = advanced(ids_ptr, image * n)
+    limit = tl.minimum(max_output, n)
+    kept = _choose(
+        boxes_ptr + image * n * 4, ids, list_ptr, size, limit, threshold, OFFSET, BLOCK, ROWS
+    )
+    for first in range(0, max_output, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        index = tl.load(list_ptr + at, mask=at < kept, other=-1)
+        tl.store(indices_ptr + image * max_output + at, index, mask=at < max_output)
+    tl.store(counts_ptr + image, kept)
+
+
+@triton.jit
+def nms_segments_kernel(
+    boxes_ptr,  # [B, n, 4]
+    ids_ptr,  # [B, n], sorted; or None: an image is one segment
+    order_ptr,  # [B, n] int64: by id, then best first. Overwritten
+    alive_ptr,  # [B, n] int8 in that order, 0 from where on a segment takes no part; or None
+    keep_ptr,  # [B, n] int8: 1 is written for the boxes kept, by index
+    large_ptr,  # [1] int32: 1 is written if a segment is too large, which is then left alone
+    n,
+    chunks,  # of CHUNK boxes in an image
+    limit,  # boxes to keep of a segment
+    largest,  # segment
+    threshold,
+    OFFSET: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One program takes the segments that start in one chunk of one image."""
+    pid = tl.program_id(0).to(tl.int64)
+    base = pid // chunks * n
+    at = (pid % chunks).to(tl.int32) * CHUNK + tl.arange(0, CHUNK)
+    ids = advanced(ids_ptr, base)
+    alive = advanced(alive_ptr, base)
+    starts = starts_segment(ids, at, n)
+    start = tl.min(tl.where(starts, at, n), axis=0)
+    while start < n:
+        length = segment_length(ids, alive, start, n, BLOCK)
+        if length > largest:
+            tl.store(large_ptr, 1)
+        else:
+            list_ptr = order_ptr + base + start
+            kept = _choose(
+                boxes_ptr + base * 4, None, list_ptr, length, limit, threshold, OFFSET, BLOCK, ROWS
+            )
+            for first in range(0, kept, BLOCK):
+                row = first + tl.arange(0, BLOCK)
+                index = tl.load(list_ptr + row, mask=row < kept, other=0)
+                tl.store(keep_ptr + base + index, tl.full((BLOCK,), 1, tl.int8), mask=row < kept)
+        start = tl.min(tl.where(starts & (at > start), at, n), axis=0)
+
+
+@triton.jit
+def nms_list_kernel(
+    order_ptr,  # [B, n] int64, best first
+    keep_ptr,  # [B, n] int8, in that order
+    rank_ptr,  # [B, n] int32: running sums of keep
+    indices_ptr,  # [B, max_output] int64, full of -1
+    counts_ptr,  # [B] int32
+    n,
+    blocks,  # of an image
+    max_output,
+    BLOCK: tl.constexpr,
+):
+    """One program lists what is kept of one block of one image."""
+    pid = tl.program_id(0).to(tl.int64)
+    image = pid // blocks
+    at = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    kept = tl.load(keep_ptr + image * n + at, mask=at < n, other=0) != 0
+    rank = tl.load(rank_ptr + image * n + at, mask=at < n, other=0)
+    index = tl.load(order_ptr + image * n + at, mask=kept, other=0)
+    out_ptr = indices_ptr + image * max_output + rank - 1
+    tl.store(out_ptr, index, mask=kept & (rank <= max_output))
+    tl.store(counts_ptr + image + at * 0, tl.minimum(rank, max_output), mask=at == n - 1)
 
 
 @triton.jit
 def nms_mask_kernel(
-    boxes_ptr,  # [N, 4], sorted by score
-    ids_ptr,  # [N] or None
-    mask_ptr,  # [words, stride] int32: bit b of [w, i] says that box 32 w + b suppresses i
+    boxes_ptr,  # [n, 4], best first
+    mask_ptr,  # [words, stride] int32: bit b of [w, i] says that box 32 w + b strikes out i
     start,  # first box of the band
     size,  # boxes in the band
     stride,  # a multiple of BLOCK: rows are padded, so that nothing needs a mask along them
@@ -69,43 +223,38 @@ def nms_mask_kernel(
     ROWS: tl.constexpr,
 ):
     """One program writes one row of words for BLOCK boxes, ROWS suppressors at a time."""
-    ACC: tl.constexpr = tl.float64 if boxes_ptr.dtype.element_ty == tl.float64 else tl.float32
     word = tl.program_id(1)
     # Words that lie wholly after the block are never read.
     if word * 32 < (tl.program_id(0) + 1) * BLOCK:
-        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        begin = start.to(tl.int64)
-        box_i = _load_boxes(boxes_ptr, ids_ptr, begin + i, i < size, OFFSET, ACC)
+        half, tiny = decision(threshold)
+        lane = tl.arange(0, BLOCK)
+        i = tl.program_id(0) * BLOCK + lane
+        band_ptr = boxes_ptr + start.to(tl.int64) * 4
+        box_i = read_boxes(band_ptr, i, i < size, OFFSET)
         bits = tl.zeros((BLOCK,), tl.int32)
-        for first in range(0, 32, ROWS):
-            lane = first + tl.arange(0, ROWS)
-            j = word * 32 + lane
-            box_j = _load_boxes(boxes_ptr, ids_ptr, begin + j, j < size, OFFSET, ACC)
-            hit = _suppresses(box_j, box_i, threshold, OFFSET, ids_ptr is not None)
-            hit = hit & (j[:, None] < i[None, :])
-            # Every row sets a bit of its own, so the sum is the union.
-            bits += tl.sum(hit.to(tl.int32) << lane[:, None], axis=0)
+        if needs_division(box_i[4], tiny):
+            for first in range(32):
+                row = tl.minimum(word * 32 + first + tl.arange(0, 1), size - 1)
+                box_j = read_boxes(band_ptr, row, None, OFFSET)
+                hit = excess(box_j, box_i, threshold, half, OFFSET, True) > 0
+                bits |= packed(hit, 1) << first
+        else:
+            for first in range(0, 32, ROWS):
+                row = tl.minimum(word * 32 + first + tl.arange(0, ROWS), size - 1)
+                box_j = read_boxes(band_ptr, row, None, OFFSET)
+                hit = excess(box_j, box_i, threshold, half, OFFSET, False) > 0
+                bits |= packed(hit, ROWS) << first
+        bits &= bits_before(i - word * 32)
         tl.store(mask_ptr + word.to(tl.int64) * stride + i, bits)
-
-
-@triton.jit
-def _pack(keep, BLOCK: tl.constexpr):
-    """[BLOCK] of 0 and 1 -> [BLOCK / 32] words."""
-    lanes = tl.reshape(keep, (BLOCK // 32, 32)) << tl.arange(0, 32)[None, :]
-    return tl.sum(lanes, axis=1)
-
-
-@triton.jit
-def _struck(bits, kept):
-    """[I]: is any suppressor of box i kept? bits [W, I], kept [W]."""
-    return tl.max(((bits & kept[:, None]) != 0).to(tl.int32), axis=0)
 
 
 @triton.jit
 def nms_resolve_kernel(
     mask_ptr,  # [words, stride] int32
-    keep_ptr,  # [N] int8: in, may still be kept; out, is kept
+    keep_ptr,  # [n] int8: in, may still be kept; out, is kept
     kept_ptr,  # [words] int32: the band's kept boxes, packed
+    list_ptr,  # [size] int32: and listed, counted from the band's first
+    count_ptr,  # [1] int32: their number
     start,
     size,
     stride,
@@ -115,6 +264,7 @@ def nms_resolve_kernel(
     """One program walks the band in blocks of BLOCK boxes."""
     NEAR: tl.constexpr = BLOCK // 32
     begin = start.to(tl.int64)
+    count = 0
     for first in range(0, size, BLOCK):
         i = first + tl.arange(0, BLOCK)
         alive = tl.load(keep_ptr + begin + i, mask=i < size, other=0).to(tl.int32)
@@ -125,33 +275,28 @@ def nms_resolve_kernel(
             kept = tl.load(kept_ptr + word, mask=ok, other=0)
             at = word.to(tl.int64)[:, None] * stride + i[None, :]
             bits = tl.load(mask_ptr + at, mask=ok[:, None], other=0)
-            struck = tl.maximum(struck, _struck(bits, kept))
+            struck = tl.maximum(struck, any_kept(bits, kept))
         alive = tl.where(struck == 0, alive, 0)
 
         word = first // 32 + tl.arange(0, NEAR)
         at = word.to(tl.int64)[:, None] * stride + i[None, :]
         bits = tl.load(mask_ptr + at, mask=(word * 32 < size)[:, None], other=0)
-        keep = alive
-        changed = 1
-        rounds = 0
-        # A bound that sound bits never reach, so that no memory fault can hang the GPU.
-        while (changed > 0) & (rounds <= BLOCK):
-            after = tl.where(_struck(bits, _pack(keep, BLOCK)) == 0, alive, 0)
-            changed = tl.max(after ^ keep, axis=0)
-            keep = after
-            rounds += 1
+        keep = fixed_point(bits, alive, BLOCK)
         tl.store(keep_ptr + begin + i, keep.to(tl.int8), mask=i < size)
-        tl.store(kept_ptr + word, _pack(keep, BLOCK), mask=word * 32 < size)
+        tl.store(kept_ptr + word, pack(keep, BLOCK), mask=word * 32 < size)
+        tl.store(list_ptr + count + tl.cumsum(keep, axis=0) - keep, i, mask=keep > 0)
+        count += tl.sum(keep, axis=0)
         # The next block reads kept_ptr, written here by other threads of this program.
         tl.debug_barrier()
+    tl.store(count_ptr, count)
 
 
 @triton.jit
 def nms_suppress_kernel(
-    boxes_ptr,
-    ids_ptr,
-    keep_ptr,  # [N] int8, set to 0 where a kept box of the band suppresses
-    kept_ptr,  # [words] int32
+    boxes_ptr,  # [n, 4], best first
+    keep_ptr,  # [n] int8, set to 0 where a kept box of the band overlaps enough
+    list_ptr,  # int32: the band's kept boxes, counted from its first
+    count_ptr,  # [1] int32: their number
     start,
     end,  # of the band; the boxes struck out lie from here on
     n,
@@ -159,27 +304,28 @@ def nms_suppress_kernel(
     OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
+    SHARE: tl.constexpr,
 ):
-    """One program lets WORDS words of the band's kept boxes act on BLOCK later boxes.
+    """One program lets up to SHARE of the band's kept boxes act on BLOCK later boxes.
 
     Programs that share a box only ever write the same 0, so their order does not matter.
     """
-    ACC: tl.constexpr = tl.float64 if boxes_ptr.dtype.element_ty == tl.float64 else tl.float32
-    i = end + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    box_i = _load_boxes(boxes_ptr, ids_ptr, i, i < n, OFFSET, ACC)
-    struck = tl.zeros((BLOCK,), tl.int32)
-    words = tl.cdiv(end - start, 32)
-    first = tl.program_id(1) * WORDS
-    for word in range(first, tl.minimum(first + WORDS, words)):
-        kept = tl.load(kept_ptr + word)
-        if kept != 0:
-            for row in range(0, 32, ROWS):
-                lane = row + tl.arange(0, ROWS)
-                is_kept = ((kept >> lane) & 1) != 0
-                j = start.to(tl.int64) + word * 32 + lane
-                box_j = _load_boxes(boxes_ptr, ids_ptr, j, is_kept, OFFSET, ACC)
-                hit = _suppresses(box_j, box_i, threshold, OFFSET, ids_ptr is not None)
-                hit = hit & is_kept[:, None]
-                struck = tl.maximum(struck, tl.max(hit.to(tl.int32), axis=0))
-    tl.store(keep_ptr + i, tl.zeros((BLOCK,), tl.int8), mask=(i < n) & (struck > 0))
+    first = tl.program_id(1) * SHARE
+    count = tl.minimum(tl.load(count_ptr) - first, SHARE)
+    if count > 0:
+        half, tiny = decision(threshold)
+        band_ptr = boxes_ptr + start.to(tl.int64) * 4
+        later_ptr = boxes_ptr + end.to(tl.int64) * 4
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = i < n - end
+        box_i = read_boxes(later_ptr, i, inside, OFFSET)
+        if needs_division(box_i[4], tiny):
+            worst = struck(
+                band_ptr, None, list_ptr + first, count, box_i, i, threshold, half, OFFSET, 1, True
+            )
+        else:
+            worst = struck(
+                band_ptr, None, list_ptr + first, count, box_i, i, threshold, half, OFFSET,
+                ROWS, False,
+            )  # fmt: skip
+        tl.store(keep_ptr + end + i, tl.zeros((BLOCK,), tl.int8), mask=inside & (worst > 0))

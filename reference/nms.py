@@ -58,3 +58,33 @@ def nms(
         for group in groups:
             keep[group] = _keep(boxes[order[group]], np.float32(iou_threshold), offset)
     return order[keep][:max_output].astype(np.int64)
+
+
+def nms_padded(
+    boxes: Array,
+    scores: Array,
+    iou_threshold: float,
+    *,
+    idxs: Array | None = None,
+    valid: Array | None = None,
+    offset: int = 0,
+    score_threshold: float | None = None,
+    max_output: int,
+) -> tuple[Array, Array]:
+    """Indices int64 [B, max_output], padded with -1, and counts int32 [B], image by image."""
+    indices = np.full((len(boxes), max_output), -1, np.int64)
+    counts = np.zeros(len(boxes), np.int32)
+    for b in range(len(boxes)):
+        part = slice(None if valid is None else max(0, int(valid[b])))
+        kept = nms(
+            boxes[b, part],
+            scores[b, part],
+            iou_threshold,
+            idxs=None if idxs is None else idxs[b, part],
+            offset=offset,
+            score_threshold=score_threshold,
+            max_output=max_output,
+        )
+        indices[b, : len(kept)] = kept
+        counts[b] = len(kept)
+    return indices, counts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,11 @@ from tests.tools.fixtures import gate as gate
 torch.set_num_threads(1)
 if _dispatch.INTERPRETED:
     interpreter.install_fixes()
+
+# What --hypothesis-profile=thorough is for, where a test leaves the number open.
+hypothesis.settings.register_profile("default", max_examples=200)
+hypothesis.settings.register_profile("thorough", max_examples=5000)
+hypothesis.settings.load_profile("default")
 
 KERNEL_DEVICE = torch.device("cpu" if _dispatch.INTERPRETED else "cuda")
 

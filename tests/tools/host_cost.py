@@ -107,3 +107,25 @@ def host_cost() -> Iterator[HostCost]:
         profile = stack.enter_context(profiler.profile())
         yield cost
     cost.read(iter(profile.function_events))
+
+
+@dataclass
+class Memory:
+    """Bytes on the CPU that a block allocated, complete once the block has ended."""
+
+    total: int = 0
+    peak: int = 0  # at once, less what was freed of before
+
+
+@contextlib.contextmanager
+def memory() -> Iterator[Memory]:
+    """Follow allocations by torch's profiler, which also sees those inside of operations."""
+    found = Memory()
+    with profiler.profile(profile_memory=True) as profile:
+        yield found
+    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+    now = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        found.total += max(0, event.nbytes())
+        found.peak = max(found.peak, now)

@@ -1,0 +1,191 @@
+"""What the kernels of NMS share: exact decisions without division, and the greedy choice.
+
+The decision is that of IEEE arithmetic in the order of `kernels/iou.py`,  fl(I / U) > t  with
+U = A_j + A_i - I,  but without its division. Let h be half a unit in the last place of t. No
+quotient of two numbers of 24 bits is a number of 25, so fl(I / U) > t means I - t U > h U. Where
+the two are near each other, both are multiples of ulp(t) ulp(U) / 2 of at most 25 bits, so two
+fused multiply-adds give the sign of  (I - t U) - h U  without error. Only where these products
+would underflow, in a block with boxes smaller than about 1e-30, or for t = 0, is it divided.
+
+I > 0 needs two boxes of positive sides, and then U >= I in rounded arithmetic too. So the sign of
+an area may be dropped, and of w and h it is enough to clamp one. Boxes with a NaN have a NaN area,
+and what is NaN is not above a threshold: they suppress nothing, nor are suppressed.
+"""
+
+import triton
+import triton.language as tl
+
+from ._math import box_area, div_rn
+
+
+@triton.jit
+def read_boxes(boxes_ptr, index, mask, OFFSET: tl.constexpr):
+    """Corners and area, in the dtype of the arithmetic. 16 bytes a load."""
+    ACC: tl.constexpr = tl.float64 if boxes_ptr.dtype.element_ty == tl.float64 else tl.float32
+    at = boxes_ptr + (index * 4)[:, None] + tl.arange(0, 4)[None, :]
+    if mask is None:
+        corners = tl.load(at).to(ACC)
+    else:
+        corners = tl.load(at, mask=mask[:, None], other=0).to(ACC)
+    x, y = tl.split(tl.reshape(corners, (index.shape[0], 2, 2)))
+    x1, x2 = tl.split(x)
+    y1, y2 = tl.split(y)
+    return x1, y1, x2, y2, tl.abs(box_area(x1, y1, x2, y2, OFFSET))
+
+
+@triton.jit
+def decision(threshold):
+    """Half a unit in the last place of the threshold, and the area below which to divide."""
+    exponent = (threshold.to(tl.int32, bitcast=True) >> 23) & 255
+    half = tl.where(exponent > 24, exponent - 24, 0) << 23
+    tiny = tl.where(exponent > 26, 154 - exponent, 255) << 23
+    return half.to(tl.float32, bitcast=True), tiny.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def needs_division(area, tiny):
+    return tl.max(((area > 0) & (area < tiny)).to(tl.int32), axis=0) > 0
+
+
+@triton.jit
+def excess(j, i, threshold, half, OFFSET: tl.constexpr, DIVIDE: tl.constexpr):
+    """[J, I]: above 0 where box j overlaps box i by more than the threshold."""
+    jx1, jy1, jx2, jy2, j_area = j
+    ix1, iy1, ix2, iy2, i_area = i
+    w = tl.minimum(jx2[:, None], ix2[None, :]) - tl.maximum(jx1[:, None], ix1[None, :])
+    h = tl.minimum(jy2[:, None], iy2[None, :]) - tl.maximum(jy1[:, None], iy1[None, :])
+    if OFFSET != 0:
+        w += OFFSET
+        h += OFFSET
+    areas = j_area[:, None] + i_area[None, :]
+    if DIVIDE or w.dtype == tl.float64:
+        inter = tl.maximum(w, 0.0) * tl.maximum(h, 0.0)
+        return tl.where(div_rn(inter, areas - inter) > threshold, 1.0, 0.0)
+    else:
+        inter = tl.maximum(w, 0.0) * h
+        union = areas - inter
+        return tl.fma(-half, union, tl.fma(-threshold, union, inter))
+
+
+@triton.jit
+def struck(
+    boxes_ptr, ids_ptr, list_ptr, n, i, i_id, threshold, half,
+    OFFSET: tl.constexpr, ROWS: tl.constexpr, DIVIDE: tl.constexpr,
+):  # fmt: skip
+    """[I]: above 0 where any of the first n boxes of the list strikes out box i."""
+    worst = i[4] * 0
+    for first in range(0, n, ROWS):
+        # The last box may strike more than once, so nothing needs a mask.
+        row = tl.minimum(first + tl.arange(0, ROWS), n - 1)
+        j = tl.load(list_ptr + row)
+        over = excess(read_boxes(boxes_ptr, j, None, OFFSET), i, threshold, half, OFFSET, DIVIDE)
+        if ids_ptr is not None:
+            over = tl.where(tl.load(ids_ptr + j)[:, None] == i_id[None, :], over, 0.0)
+        # The default drops a NaN.
+        worst = tl.maximum(worst, tl.max(over, axis=0))
+    return worst
+
+
+@triton.jit
+def relation(
+    boxes_ptr, ids_ptr, list_ptr, n, i, i_id, threshold, half, OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, DIVIDE: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK / 32, BLOCK]: bit b of word w of box i: does box 32 w + b of the list strike i?"""
+    word = tl.arange(0, BLOCK // 32)
+    lane = tl.arange(0, BLOCK)
+    bits = tl.zeros((BLOCK // 32, BLOCK), tl.int32)
+    for w in range(tl.cdiv(n, 32)):
+        of_word = tl.zeros((BLOCK,), tl.int32)
+        for first in range(0, 32, ROWS):
+            # Beyond n the last box stands in; no box inside comes after that.
+            row = tl.minimum(w * 32 + first + tl.arange(0, ROWS), n - 1)
+            j = tl.load(list_ptr + row)
+            box_j = read_boxes(boxes_ptr, j, None, OFFSET)
+            hit = excess(box_j, i, threshold, half, OFFSET, DIVIDE) > 0
+            if ids_ptr is not None:
+                hit = hit & (tl.load(ids_ptr + j)[:, None] == i_id[None, :])
+            of_word |= packed(hit, ROWS) << first
+        of_word &= bits_before(lane - w * 32)
+        bits = tl.where(word[:, None] == w, of_word[None, :], bits)
+    return bits
+
+
+@triton.jit
+def bits_before(position):
+    """The lowest bits of a word, as many as position says; none below 0, all above 31."""
+    some = (1 << tl.minimum(tl.maximum(position, 0), 31)) - 1
+    return tl.where(position > 31, -1, some)
+
+
+@triton.jit
+def packed(hit, ROWS: tl.constexpr):
+    """[ROWS, I] -> [I]: row r as bit r. Every row has a bit of its own, so the sum is the union."""
+    return tl.sum(hit.to(tl.int32) << tl.arange(0, ROWS)[:, None], axis=0)
+
+
+@triton.jit
+def pack(keep, BLOCK: tl.constexpr):
+    """[BLOCK] of 0 and 1 -> [BLOCK / 32] words."""
+    lanes = tl.reshape(keep, (BLOCK // 32, 32)) << tl.arange(0, 32)[None, :]
+    return tl.sum(lanes, axis=1)
+
+
+@triton.jit
+def any_kept(bits, kept):
+    """[I]: is any suppressor of box i kept? bits [W, I], kept [W]."""
+    return tl.max(((bits & kept[:, None]) != 0).to(tl.int32), axis=0)
+
+
+@triton.jit
+def fixed_point(bits, alive, BLOCK: tl.constexpr):
+    """[BLOCK] of 0 and 1: the greedy choice. bits [BLOCK / 32, BLOCK], alive [BLOCK]."""
+    keep = alive
+    changed = 1
+    rounds = 0
+    # A bound that sound bits never reach, so that no memory fault can hang the GPU.
+    while (changed > 0) & (rounds <= BLOCK):
+        after = tl.where(any_kept(bits, pack(keep, BLOCK)) == 0, alive, 0)
+        changed = tl.max(after ^ keep, axis=0)
+        keep = after
+        rounds += 1
+    return keep
+
+
+@triton.jit
+def advanced(ptr, by):
+    """A pointer moved on, or None."""
+    if ptr is None:
+        return None
+    else:
+        return ptr + by
+
+
+@triton.jit
+def starts_segment(ids_ptr, at, n):
+    """Which positions have another id than the one before; without ids only the first."""
+    if ids_ptr is None:
+        return (at == 0) & (at < n)
+    else:
+        own = tl.load(ids_ptr + at, mask=at < n, other=0)
+        before = tl.load(ids_ptr + at - 1, mask=(at > 0) & (at < n), other=0)
+        return (at < n) & ((at == 0) | (own != before))
+
+
+@triton.jit
+def segment_length(ids_ptr, alive_ptr, start, n, BLOCK: tl.constexpr):
+    """How many boxes from start on have its id and are alive."""
+    length = 0
+    more = 1
+    while more > 0:
+        at = start + length + tl.arange(0, BLOCK)
+        same = at < n
+        if ids_ptr is not None:
+            own = tl.load(ids_ptr + start)
+            same = same & (tl.load(ids_ptr + at, mask=at < n, other=0) == own)
+        if alive_ptr is not None:
+            same = same & (tl.load(alive_ptr + at, mask=at < n, other=0) != 0)
+        found = tl.sum(same.to(tl.int32), axis=0)
+        length += found
+        more = tl.where(found == BLOCK, 1, 0)
+    return length
