@@ -70,8 +70,9 @@ def soft_nms(
 
     It is the sequential definition, not an approximation: each score is the product of its factors
     in order. Where the IoU is NaN (NaN or infinite coordinates, two boxes without area) it counts
-    as 0. A NaN score takes no part, an infinite one counts as the largest number. The inputs are not modified and get no gradient. Bitwise
-    deterministic. The host waits once, for K; :func:`soft_nms_padded` never waits.
+    as 0. A NaN score takes no part, an infinite one counts as the largest number. The inputs are
+    not modified and get no gradient. Bitwise deterministic. The host waits once, for K;
+    :func:`soft_nms_padded` never waits.
     """
     _checks.boxes("boxes", boxes)
     _checks.detections(boxes, scores, idxs)
