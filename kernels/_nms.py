@@ -4,8 +4,9 @@ The decision is that of IEEE arithmetic in the order of `kernels/iou.py`,  fl(I 
 U = A_j + A_i - I,  but without its division. Let h be half a unit in the last place of t. No
 quotient of two numbers of 24 bits is a number of 25, so fl(I / U) > t means I - t U > h U. Where
 the two are near each other, both are multiples of ulp(t) ulp(U) / 2 of at most 25 bits, so two
-fused multiply-adds give the sign of  (I - t U) - h U  without error. Only where these products
-would underflow, in a block with boxes smaller than about 1e-30, or for t = 0, is it divided.
+fused multiply-adds give the sign of  (I - t U) - h U  without error, if nothing underflows. Where
+it could, in a block with boxes smaller than about 1e-30 or for t near 0, powers of two keep it up.
+fp64 boxes are few and divide.
 
 I > 0 needs two boxes of positive sides, and then U >= I in rounded arithmetic too. So the sign of
 an area may be dropped, and of w and h it is enough to clamp one. Boxes with a NaN have a NaN area,
@@ -15,7 +16,7 @@ and what is NaN is not above a threshold: they suppress nothing, nor are suppres
 import triton
 import triton.language as tl
 
-from ._math import box_area, div_rn
+from ._math import box_area
 
 
 @triton.jit
@@ -35,20 +36,39 @@ def read_boxes(boxes_ptr, index, mask, OFFSET: tl.constexpr):
 
 @triton.jit
 def decision(threshold):
-    """Half a unit in the last place of the threshold, and the area below which to divide."""
-    exponent = (threshold.to(tl.int32, bitcast=True) >> 23) & 255
-    half = tl.where(exponent > 24, exponent - 24, 0) << 23
-    tiny = tl.where(exponent > 26, 154 - exponent, 255) << 23
-    return half.to(tl.float32, bitcast=True), tiny.to(tl.float32, bitcast=True)
+    """What `excess` needs of an fp32 threshold t.
+
+    Returns t and h; the area below which a box is tiny; and the sums of areas below which a tiny
+    box has its I, and its U, scaled up by 2^100. For t < 2^-100 every box is tiny, t and h are
+    scaled instead of U. If t is subnormal, its lowest bit set, a quotient half way is rounded up.
+    """
+    bits = threshold.to(tl.int32, bitcast=True)
+    exponent = bits >> 23
+    is_small = exponent < 27
+    half = (tl.maximum(exponent, 1) - 24 + tl.where(is_small, 100, 0)) << 23
+    half = tl.where((exponent == 0) & ((bits & 1) == 1), half - 1, half)
+    tiny = tl.where(is_small, 255, 154 - exponent) << 23
+    scaled = tl.where(is_small, 255, 156 - exponent) << 23
+    scaled_union = tl.where(is_small, 0, scaled)
+    threshold = tl.where(is_small, threshold * 1.2676506002282294e30, threshold)
+    return (
+        threshold,
+        half.to(tl.float32, bitcast=True),
+        tiny.to(tl.float32, bitcast=True),
+        scaled.to(tl.float32, bitcast=True),
+        scaled_union.to(tl.float32, bitcast=True),
+    )
 
 
 @triton.jit
-def needs_division(area, tiny):
-    return tl.max(((area > 0) & (area < tiny)).to(tl.int32), axis=0) > 0
+def has_tiny(box, decision):
+    """Is any box so small that products of areas may underflow?"""
+    area = box[4]
+    return tl.max(((area > 0) & (area < decision[2])).to(tl.int32), axis=0) > 0
 
 
 @triton.jit
-def excess(j, i, threshold, half, OFFSET: tl.constexpr, DIVIDE: tl.constexpr):
+def excess(j, i, threshold, decision, OFFSET: tl.constexpr, TINY: tl.constexpr):
     """[J, I]: above 0 where box j overlaps box i by more than the threshold."""
     jx1, jy1, jx2, jy2, j_area = j
     ix1, iy1, ix2, iy2, i_area = i
@@ -57,20 +77,23 @@ def excess(j, i, threshold, half, OFFSET: tl.constexpr, DIVIDE: tl.constexpr):
     if OFFSET != 0:
         w += OFFSET
         h += OFFSET
+    inter = tl.maximum(w, 0.0) * h
     areas = j_area[:, None] + i_area[None, :]
-    if DIVIDE or w.dtype == tl.float64:
-        inter = tl.maximum(w, 0.0) * tl.maximum(h, 0.0)
-        return tl.where(div_rn(inter, areas - inter) > threshold, 1.0, 0.0)
+    union = areas - inter
+    if w.dtype == tl.float64:
+        return tl.where(inter / union > threshold, 1.0, 0.0)
     else:
-        inter = tl.maximum(w, 0.0) * h
-        union = areas - inter
-        return tl.fma(-half, union, tl.fma(-threshold, union, inter))
+        t, half, _, scaled, scaled_union = decision
+        if TINY:
+            inter *= tl.where(areas < scaled, 1.2676506002282294e30, 1.0)
+            union *= tl.where(areas < scaled_union, 1.2676506002282294e30, 1.0)
+        return tl.fma(-half, union, tl.fma(-t, union, inter))
 
 
 @triton.jit
 def struck(
-    boxes_ptr, ids_ptr, list_ptr, n, i, i_id, threshold, half,
-    OFFSET: tl.constexpr, ROWS: tl.constexpr, DIVIDE: tl.constexpr,
+    boxes_ptr, ids_ptr, list_ptr, n, i, i_id, threshold, decision,
+    OFFSET: tl.constexpr, ROWS: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
     """[I]: above 0 where any of the first n boxes of the list strikes out box i."""
     worst = i[4] * 0
@@ -78,7 +101,8 @@ def struck(
         # The last box may strike more than once, so nothing needs a mask.
         row = tl.minimum(first + tl.arange(0, ROWS), n - 1)
         j = tl.load(list_ptr + row)
-        over = excess(read_boxes(boxes_ptr, j, None, OFFSET), i, threshold, half, OFFSET, DIVIDE)
+        box_j = read_boxes(boxes_ptr, j, None, OFFSET)
+        over = excess(box_j, i, threshold, decision, OFFSET, TINY)
         if ids_ptr is not None:
             over = tl.where(tl.load(ids_ptr + j)[:, None] == i_id[None, :], over, 0.0)
         # The default drops a NaN.
@@ -88,8 +112,8 @@ def struck(
 
 @triton.jit
 def relation(
-    boxes_ptr, ids_ptr, list_ptr, n, i, i_id, threshold, half, OFFSET: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, DIVIDE: tl.constexpr,
+    boxes_ptr, ids_ptr, list_ptr, n, i, i_id, threshold, decision,
+    OFFSET: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK / 32, BLOCK]: bit b of word w of box i: does box 32 w + b of the list strike i?"""
     word = tl.arange(0, BLOCK // 32)
@@ -102,7 +126,7 @@ def relation(
             row = tl.minimum(w * 32 + first + tl.arange(0, ROWS), n - 1)
             j = tl.load(list_ptr + row)
             box_j = read_boxes(boxes_ptr, j, None, OFFSET)
-            hit = excess(box_j, i, threshold, half, OFFSET, DIVIDE) > 0
+            hit = excess(box_j, i, threshold, decision, OFFSET, TINY) > 0
             if ids_ptr is not None:
                 hit = hit & (tl.load(ids_ptr + j)[:, None] == i_id[None, :])
             of_word |= packed(hit, ROWS) << first

@@ -27,7 +27,7 @@ from ._nms import (
     decision,
     excess,
     fixed_point,
-    needs_division,
+    has_tiny,
     pack,
     packed,
     read_boxes,
@@ -47,7 +47,7 @@ def _choose(
 
     The list is written over from its front: never more boxes are kept than have been read.
     """
-    half, tiny = decision(threshold)
+    deciding = decision(threshold)
     kept = 0
     first = 0
     while (first < n) & (kept < limit):
@@ -60,22 +60,23 @@ def _choose(
         i_id = i
         if ids_ptr is not None:
             i_id = tl.load(ids_ptr + i, mask=inside, other=0)
-        if needs_division(box_i[4], tiny):
+        if has_tiny(box_i, deciding):
             worst = struck(
-                boxes_ptr, ids_ptr, list_ptr, kept, box_i, i_id, threshold, half, OFFSET, 1, True
-            )
+                boxes_ptr, ids_ptr, list_ptr, kept, box_i, i_id, threshold, deciding,
+                OFFSET, 1, True,
+            )  # fmt: skip
             bits = relation(
-                boxes_ptr, ids_ptr, block_ptr, here, box_i, i_id, threshold, half, OFFSET,
-                BLOCK, 1, True,
+                boxes_ptr, ids_ptr, block_ptr, here, box_i, i_id, threshold, deciding,
+                OFFSET, BLOCK, 1, True,
             )  # fmt: skip
         else:
             worst = struck(
-                boxes_ptr, ids_ptr, list_ptr, kept, box_i, i_id, threshold, half, OFFSET,
-                ROWS, False,
+                boxes_ptr, ids_ptr, list_ptr, kept, box_i, i_id, threshold, deciding,
+                OFFSET, ROWS, False,
             )  # fmt: skip
             bits = relation(
-                boxes_ptr, ids_ptr, block_ptr, here, box_i, i_id, threshold, half, OFFSET,
-                BLOCK, ROWS, False,
+                boxes_ptr, ids_ptr, block_ptr, here, box_i, i_id, threshold, deciding,
+                OFFSET, BLOCK, ROWS, False,
             )  # fmt: skip
         alive = tl.where(worst > 0, 0, inside.to(tl.int32))
         keep = fixed_point(bits, alive, BLOCK)
@@ -226,23 +227,23 @@ def nms_mask_kernel(
     word = tl.program_id(1)
     # Words that lie wholly after the block are never read.
     if word * 32 < (tl.program_id(0) + 1) * BLOCK:
-        half, tiny = decision(threshold)
+        deciding = decision(threshold)
         lane = tl.arange(0, BLOCK)
         i = tl.program_id(0) * BLOCK + lane
         band_ptr = boxes_ptr + start.to(tl.int64) * 4
         box_i = read_boxes(band_ptr, i, i < size, OFFSET)
         bits = tl.zeros((BLOCK,), tl.int32)
-        if needs_division(box_i[4], tiny):
+        if has_tiny(box_i, deciding):
             for first in range(32):
                 row = tl.minimum(word * 32 + first + tl.arange(0, 1), size - 1)
                 box_j = read_boxes(band_ptr, row, None, OFFSET)
-                hit = excess(box_j, box_i, threshold, half, OFFSET, True) > 0
+                hit = excess(box_j, box_i, threshold, deciding, OFFSET, True) > 0
                 bits |= packed(hit, 1) << first
         else:
             for first in range(0, 32, ROWS):
                 row = tl.minimum(word * 32 + first + tl.arange(0, ROWS), size - 1)
                 box_j = read_boxes(band_ptr, row, None, OFFSET)
-                hit = excess(box_j, box_i, threshold, half, OFFSET, False) > 0
+                hit = excess(box_j, box_i, threshold, deciding, OFFSET, False) > 0
                 bits |= packed(hit, ROWS) << first
         bits &= bits_before(i - word * 32)
         tl.store(mask_ptr + word.to(tl.int64) * stride + i, bits)
@@ -313,19 +314,20 @@ def nms_suppress_kernel(
     first = tl.program_id(1) * SHARE
     count = tl.minimum(tl.load(count_ptr) - first, SHARE)
     if count > 0:
-        half, tiny = decision(threshold)
+        deciding = decision(threshold)
         band_ptr = boxes_ptr + start.to(tl.int64) * 4
         later_ptr = boxes_ptr + end.to(tl.int64) * 4
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = i < n - end
         box_i = read_boxes(later_ptr, i, inside, OFFSET)
-        if needs_division(box_i[4], tiny):
+        if has_tiny(box_i, deciding):
             worst = struck(
-                band_ptr, None, list_ptr + first, count, box_i, i, threshold, half, OFFSET, 1, True
-            )
+                band_ptr, None, list_ptr + first, count, box_i, i, threshold, deciding,
+                OFFSET, 1, True,
+            )  # fmt: skip
         else:
             worst = struck(
-                band_ptr, None, list_ptr + first, count, box_i, i, threshold, half, OFFSET,
-                ROWS, False,
+                band_ptr, None, list_ptr + first, count, box_i, i, threshold, deciding,
+                OFFSET, ROWS, False,
             )  # fmt: skip
         tl.store(keep_ptr + end + i, tl.zeros((BLOCK,), tl.int8), mask=inside & (worst > 0))

