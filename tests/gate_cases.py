@@ -13,6 +13,7 @@ from dlops_triton import (
     _dispatch,
     batched_nms,
     box_iou,
+    box_match,
     ghmc_loss,
     ghmr_loss,
     nms,
@@ -112,6 +113,14 @@ def _nms(dtype: torch.dtype, ids: torch.dtype | None, **options: int) -> None:
         batched_nms(boxes, scores, torch.zeros(n, dtype=ids), 0.5, **options)  # type: ignore[arg-type]
 
 
+def _match(dtype: torch.dtype, padded: bool = False, low_quality: bool = True) -> None:
+    """``padded`` as a training loop has them: boxes to a common number, anchors of all images."""
+    anchors, gt = torch.zeros(2, ANCHORS, 4, dtype=dtype), torch.zeros(2, 300, 4, dtype=dtype)
+    valid = torch.ones(2, 300, dtype=torch.bool) if padded else None
+    anchors = anchors[0] if padded else anchors
+    box_match(anchors, gt, gt_valid=valid, match_low_quality=low_quality)
+
+
 _CALLS: dict[str, Callable[[], None]] = {
     **{
         f"focal {str(dtype).removeprefix('torch.')} labels sum": functools.partial(
@@ -163,6 +172,12 @@ _CALLS: dict[str, Callable[[], None]] = {
         for dtype in (BFLOAT, FLOAT, DOUBLE)
     },
     "iof float32 offset 1": functools.partial(_iou, FLOAT, mode="iof", offset=1),
+    **{
+        f"match {str(dtype).removeprefix('torch.')}": functools.partial(_match, dtype)
+        for dtype in (HALF, BFLOAT, FLOAT, DOUBLE)
+    },
+    "match float32 padded": functools.partial(_match, FLOAT, True),
+    "match float32 thresholds alone": functools.partial(_match, FLOAT, low_quality=False),
     "nms float32": functools.partial(_nms, FLOAT, None),
     "nms float16 offset 1": functools.partial(_nms, HALF, None, offset=1),
     "nms float64": functools.partial(_nms, DOUBLE, None),

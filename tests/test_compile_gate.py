@@ -23,12 +23,20 @@ KERNELS = {
     "ghm_bwd_kernel",
     "box_iou_fwd_kernel",
     "box_iou_bwd_kernel",
+    "match_kernel",
+    "match_low_quality_kernel",
     "nms_mask_kernel",
     "nms_resolve_kernel",
     "nms_suppress_kernel",
 }
 # Whose result is compared with a threshold, here or by the caller.
-EXACT = {"box_iou_fwd_kernel", "nms_mask_kernel", "nms_suppress_kernel"}
+EXACT = {
+    "box_iou_fwd_kernel",
+    "match_kernel",
+    "match_low_quality_kernel",
+    "nms_mask_kernel",
+    "nms_suppress_kernel",
+}
 
 pytestmark = [pytest.mark.xdist_group("gate"), pytest.mark.filterwarnings("default")]
 

@@ -1,0 +1,153 @@
+"""Assignment of anchors to ground-truth boxes by IoU, without the N x M matrix.
+
+1. `match_kernel`: each anchor's largest IoU and its first box decide by thresholds; each box's
+   largest IoU is left in memory by an integer maximum of its bits, in whatever order.
+2. `match_low_quality_kernel`: an anchor goes to the last box whose largest IoU it attains.
+
+IoU is I / (A_a + A_g - I), 0 where that denominator is 0, in IEEE arithmetic in this order, the
+same code in both kernels: the second compares for equality with what the first computed. It lies in
+[0, 1] (I <= A, and rounding is monotonic), or is -0 or NaN. NaN becomes -1, less than any IoU; a
+missing box or anchor is a NaN one.
+
+Most tiles need no division:
+
+1. Where no pair of a tile intersects (I > 0) every IoU is 0 or undefined, which changes no maximum
+   of an anchor that has one, and no maximum of a box, all of which start at 0.
+2. IoU = T, the box's largest, implies I >= fl(fl(0.99 T) D): as long as T is normal, 0.99 T D is
+   less than I, a number, so that rounding it does not exceed I either. Boxes with a smaller T,
+   0 among them, are never skipped.
+
+Bytes: 16 (N + M) loaded per pass but for what caches hold, 12 N stored. Registers hold the rest.
+"""
+
+import triton
+import triton.language as tl
+
+from ._math import box_area, box_overlap, div_rn, nan_max
+
+
+@triton.jit
+def _load_boxes(ptr, index, mask, ACC: tl.constexpr):
+    """Four coordinates and the area; NaN outside the mask."""
+    p = ptr + index * 4
+    x1 = tl.load(p, mask=mask, other=float("nan")).to(ACC)
+    y1 = tl.load(p + 1, mask=mask, other=float("nan")).to(ACC)
+    x2 = tl.load(p + 2, mask=mask, other=float("nan")).to(ACC)
+    y2 = tl.load(p + 3, mask=mask, other=float("nan")).to(ACC)
+    return x1, y1, x2, y2, box_area(x1, y1, x2, y2, 0)
+
+
+@triton.jit
+def _intersect(gt, anchor):
+    """[M, N] intersections and unions."""
+    gx1, gy1, gx2, gy2, g_area = gt
+    ax1, ay1, ax2, ay2, a_area = anchor
+    w, h = box_overlap(
+        ax1[None, :], ay1[None, :], ax2[None, :], ay2[None, :],
+        gx1[:, None], gy1[:, None], gx2[:, None], gy2[:, None], 0,
+    )  # fmt: skip
+    inter = nan_max(w, 0.0) * nan_max(h, 0.0)
+    return inter, a_area[None, :] + g_area[:, None] - inter
+
+
+@triton.jit
+def _iou(inter, union):
+    """-1 where it is undefined."""
+    iou = tl.where(union == 0, 0.0, div_rn(inter, union))
+    return tl.where(iou == iou, iou, -1.0)
+
+
+@triton.jit
+def _any(x):
+    """Is any element of a matrix true? The columns lie across threads: they come last."""
+    return tl.max(tl.max(x.to(tl.int32), axis=0), axis=0) > 0
+
+
+@triton.jit
+def match_kernel(
+    anchors_ptr,  # [B, N, 4] fp16 | bf16 | fp32 | fp64
+    gt_ptr,  # [B, M, 4]
+    valid_ptr,  # [B, M] bool, or None
+    matched_ptr,  # [B, N] int64
+    max_iou_ptr,  # [B, N] ACC
+    top_ptr,  # [B, M] int32 | int64, zeros: bits of each box's largest IoU; or None
+    n,
+    m,
+    anchors_stride,  # of a batch entry; 0 where all have the same anchors
+    pos_iou,
+    neg_iou,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """One program matches BLOCK_N anchors of one batch entry, BLOCK_M boxes at a time."""
+    ACC: tl.constexpr = max_iou_ptr.dtype.element_ty
+    tiles = tl.cdiv(n, BLOCK_N)
+    batch = tl.program_id(0).to(tl.int64) // tiles
+    rows = tl.program_id(0).to(tl.int64) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    anchor = _load_boxes(anchors_ptr + batch * anchors_stride, rows, rows < n, ACC)
+    best = tl.where(rows < n, -1.0, 0.0).to(ACC)
+    index = tl.full((BLOCK_N,), -1, tl.int32)
+    unset = True
+    for start in range(0, m, BLOCK_M):
+        cols = start + tl.arange(0, BLOCK_M)
+        at = batch * m + cols
+        ok = cols < m
+        if valid_ptr is not None:
+            ok = ok & tl.load(valid_ptr + at, mask=ok, other=0).to(tl.int1)
+        inter, union = _intersect(_load_boxes(gt_ptr, at, ok, ACC), anchor)
+        if _any(inter > 0) | unset:
+            iou = _iou(inter, union)
+            largest = tl.max(iou, axis=0)
+            first = tl.min(tl.where(iou == largest[None, :], cols[:, None], 2147483647), axis=0)
+            index = tl.where(largest > best, first, index)
+            best = tl.maximum(best, largest)
+            unset = tl.max((best < 0).to(tl.int32), axis=0) > 0
+            if top_ptr is not None:
+                # Bits of an IoU are ordered as it is; those of -1 and -0 are less than 0.
+                bits = tl.max(iou.to(top_ptr.dtype.element_ty, bitcast=True), axis=1)
+                tl.atomic_max(top_ptr + at, bits, mask=ok & (bits > 0), sem="relaxed")
+    matched = tl.where(best < neg_iou, -1, -2)
+    matched = tl.where(best >= pos_iou, index, matched)
+    matched = tl.where(best < 0, -1, matched)
+    out = batch * n + rows
+    tl.store(matched_ptr + out, matched.to(tl.int64), mask=rows < n)
+    tl.store(max_iou_ptr + out, tl.where(best > 0, best, 0.0), mask=rows < n)
+
+
+@triton.jit
+def match_low_quality_kernel(
+    anchors_ptr,  # as in match_kernel
+    gt_ptr,
+    valid_ptr,
+    top_ptr,  # [B, M] int32 | int64, complete
+    matched_ptr,  # [B, N] int64, overwritten where an anchor attains a box's largest IoU
+    n,
+    m,
+    anchors_stride,
+    min_pos_iou,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """One program reconsiders BLOCK_N anchors of one batch entry, BLOCK_M boxes at a time."""
+    ACC: tl.constexpr = tl.float64 if top_ptr.dtype.element_ty == tl.int64 else tl.float32
+    tiles = tl.cdiv(n, BLOCK_N)
+    batch = tl.program_id(0).to(tl.int64) // tiles
+    rows = tl.program_id(0).to(tl.int64) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    anchor = _load_boxes(anchors_ptr + batch * anchors_stride, rows, rows < n, ACC)
+    index = tl.full((BLOCK_N,), -1, tl.int32)
+    for start in range(0, m, BLOCK_M):
+        cols = start + tl.arange(0, BLOCK_M)
+        at = batch * m + cols
+        ok = cols < m
+        top = tl.load(top_ptr + at, mask=ok, other=0).to(ACC, bitcast=True)
+        if valid_ptr is not None:
+            ok = ok & tl.load(valid_ptr + at, mask=ok, other=0).to(tl.int1)
+        ok = ok & (top >= min_pos_iou)
+        inter, union = _intersect(_load_boxes(gt_ptr, at, ok, ACC), anchor)
+        small = tl.max((ok & (top < 1e-30)).to(tl.int32), axis=0) > 0
+        if _any(inter >= (top * 0.99)[:, None] * union) | small:
+            attained = _iou(inter, union) == top[:, None]
+            last = tl.max(tl.where(attained, cols[:, None], -1), axis=0)
+            index = tl.maximum(index, last)
+    out = matched_ptr + batch * n + rows
+    tl.store(out, index.to(tl.int64), mask=(rows < n) & (index >= 0))
