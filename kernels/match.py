@@ -23,31 +23,36 @@ Bytes: 16 (N + M) loaded per pass but for what caches hold, 12 N stored. Registe
 import triton
 import triton.language as tl
 
-from ._math import box_area, box_overlap, div_rn, nan_max
+from ._math import box_area, box_overlap, div_rn, nan_max, nan_min
 
 
 @triton.jit
 def _load_boxes(ptr, index, mask, ACC: tl.constexpr):
-    """Four coordinates and the area; NaN outside the mask."""
+    """Four coordinates and the area; a box outside the mask is a point of undefined area."""
     p = ptr + index * 4
-    x1 = tl.load(p, mask=mask, other=float("nan")).to(ACC)
-    y1 = tl.load(p + 1, mask=mask, other=float("nan")).to(ACC)
-    x2 = tl.load(p + 2, mask=mask, other=float("nan")).to(ACC)
-    y2 = tl.load(p + 3, mask=mask, other=float("nan")).to(ACC)
-    return x1, y1, x2, y2, box_area(x1, y1, x2, y2, 0)
+    x1 = tl.load(p, mask=mask, other=0).to(ACC)
+    y1 = tl.load(p + 1, mask=mask, other=0).to(ACC)
+    x2 = tl.load(p + 2, mask=mask, other=0).to(ACC)
+    y2 = tl.load(p + 3, mask=mask, other=0).to(ACC)
+    return x1, y1, x2, y2, tl.where(mask, box_area(x1, y1, x2, y2, 0), float("nan"))
 
 
 @triton.jit
-def _intersect(gt, anchor):
-    """[M, N] intersections and unions."""
-    gx1, gy1, gx2, gy2, g_area = gt
-    ax1, ay1, ax2, ay2, a_area = anchor
-    w, h = box_overlap(
+def _sides(gt, anchor):
+    """[M, N] signed widths and heights of the intersections."""
+    gx1, gy1, gx2, gy2, _ = gt
+    ax1, ay1, ax2, ay2, _ = anchor
+    return box_overlap(
         ax1[None, :], ay1[None, :], ax2[None, :], ay2[None, :],
         gx1[:, None], gy1[:, None], gx2[:, None], gy2[:, None], 0,
     )  # fmt: skip
+
+
+@triton.jit
+def _areas(w, h, gt, anchor):
+    """[M, N] intersections and unions."""
     inter = nan_max(w, 0.0) * nan_max(h, 0.0)
-    return inter, a_area[None, :] + g_area[:, None] - inter
+    return inter, anchor[4][None, :] + gt[4][:, None] - inter
 
 
 @triton.jit
@@ -58,9 +63,12 @@ def _iou(inter, union):
 
 
 @triton.jit
-def _any(x):
-    """Is any element of a matrix true? The columns lie across threads: they come last."""
-    return tl.max(tl.max(x.to(tl.int32), axis=0), axis=0) > 0
+def _any_reaches_0(x):
+    """Is any element of a matrix at least 0? A NaN or -0 may count or not."""
+    BITS: tl.constexpr = tl.int64 if x.dtype == tl.float64 else tl.int32
+    bits = x.to(BITS, bitcast=True)
+    # Columns lie across threads: they come last.
+    return tl.max(tl.max(bits, axis=0), axis=0) >= 0
 
 
 @triton.jit
@@ -94,8 +102,10 @@ def match_kernel(
         ok = cols < m
         if valid_ptr is not None:
             ok = ok & tl.load(valid_ptr + at, mask=ok, other=0).to(tl.int1)
-        inter, union = _intersect(_load_boxes(gt_ptr, at, ok, ACC), anchor)
-        if _any(inter > 0) | unset:
+        gt = _load_boxes(gt_ptr, at, ok, ACC)
+        w, h = _sides(gt, anchor)
+        if _any_reaches_0(nan_min(w, h)) | unset:
+            inter, union = _areas(w, h, gt, anchor)
             iou = _iou(inter, union)
             largest = tl.max(iou, axis=0)
             first = tl.min(tl.where(iou == largest[None, :], cols[:, None], 2147483647), axis=0)
@@ -143,11 +153,14 @@ def match_low_quality_kernel(
         if valid_ptr is not None:
             ok = ok & tl.load(valid_ptr + at, mask=ok, other=0).to(tl.int1)
         ok = ok & (top >= min_pos_iou)
-        inter, union = _intersect(_load_boxes(gt_ptr, at, ok, ACC), anchor)
+        gt = _load_boxes(gt_ptr, at, ok, ACC)
+        w, h = _sides(gt, anchor)
         small = tl.max((ok & (top < 1e-30)).to(tl.int32), axis=0) > 0
-        if _any(inter >= (top * 0.99)[:, None] * union) | small:
-            attained = _iou(inter, union) == top[:, None]
-            last = tl.max(tl.where(attained, cols[:, None], -1), axis=0)
-            index = tl.maximum(index, last)
+        if _any_reaches_0(nan_min(w, h)) | small:
+            inter, union = _areas(w, h, gt, anchor)
+            if _any_reaches_0(inter - (top * 0.99)[:, None] * union) | small:
+                attained = _iou(inter, union) == top[:, None]
+                last = tl.max(tl.where(attained, cols[:, None], -1), axis=0)
+                index = tl.maximum(index, last)
     out = matched_ptr + batch * n + rows
     tl.store(out, index.to(tl.int64), mask=(rows < n) & (index >= 0))
