@@ -4,18 +4,16 @@
    largest IoU is left in memory by an integer maximum of its bits, in whatever order.
 2. `match_low_quality_kernel`: an anchor goes to the last box whose largest IoU it attains.
 
-IoU is I / (A_a + A_g - I), 0 where that denominator is 0, in IEEE arithmetic in this order, the
+IoU is I / (A_a + A_g - I), 0 where that denominator D is 0, in IEEE arithmetic in this order, the
 same code in both kernels: the second compares for equality with what the first computed. It lies in
-[0, 1] (I <= A, and rounding is monotonic), or is -0 or NaN. NaN becomes -1, less than any IoU; a
-missing box or anchor is a NaN one.
+[0, 1] (I <= A, and rounding is monotonic), or is -0 or NaN. NaN becomes -1, less than any IoU.
 
-Most tiles need no division:
+Few tiles divide:
 
-1. Where no pair of a tile intersects (I > 0) every IoU is 0 or undefined, which changes no maximum
-   of an anchor that has one, and no maximum of a box, all of which start at 0.
-2. IoU = T, the box's largest, implies I >= fl(fl(0.99 T) D): as long as T is normal, 0.99 T D is
-   less than I, a number, so that rounding it does not exceed I either. Boxes with a smaller T,
-   0 among them, are never skipped.
+1. Where no pair of a tile has sides w >= 0 and h >= 0 every IoU is 0 or undefined, which changes
+   neither the maximum of an anchor that has one nor that of a box, all of which start at 0.
+2. IoU = T, the box's maximum, implies I >= fl(fl(0.99 T) D) if T > 1e-30: then 0.99 T D is less
+   than I, a number, so that rounding it does not exceed I. A box of smaller T is never skipped.
 
 Bytes: 16 (N + M) loaded per pass but for what caches hold, 12 N stored. Registers hold the rest.
 """
@@ -28,13 +26,13 @@ from ._math import box_area, box_overlap, div_rn, nan_max, nan_min
 
 @triton.jit
 def _load_boxes(ptr, index, mask, ACC: tl.constexpr):
-    """Four coordinates and the area; a box outside the mask is a point of undefined area."""
+    """Four coordinates and the area; outside the mask a point at 0."""
     p = ptr + index * 4
     x1 = tl.load(p, mask=mask, other=0).to(ACC)
     y1 = tl.load(p + 1, mask=mask, other=0).to(ACC)
     x2 = tl.load(p + 2, mask=mask, other=0).to(ACC)
     y2 = tl.load(p + 3, mask=mask, other=0).to(ACC)
-    return x1, y1, x2, y2, tl.where(mask, box_area(x1, y1, x2, y2, 0), float("nan"))
+    return x1, y1, x2, y2, box_area(x1, y1, x2, y2, 0)
 
 
 @triton.jit
@@ -106,7 +104,7 @@ def match_kernel(
         w, h = _sides(gt, anchor)
         if _any_reaches_0(nan_min(w, h)) | unset:
             inter, union = _areas(w, h, gt, anchor)
-            iou = _iou(inter, union)
+            iou = tl.where(ok[:, None], _iou(inter, union), -1.0)
             largest = tl.max(iou, axis=0)
             first = tl.min(tl.where(iou == largest[None, :], cols[:, None], 2147483647), axis=0)
             index = tl.where(largest > best, first, index)
@@ -116,9 +114,8 @@ def match_kernel(
                 # Bits of an IoU are ordered as it is; those of -1 and -0 are less than 0.
                 bits = tl.max(iou.to(top_ptr.dtype.element_ty, bitcast=True), axis=1)
                 tl.atomic_max(top_ptr + at, bits, mask=ok & (bits > 0), sem="relaxed")
-    matched = tl.where(best < neg_iou, -1, -2)
+    matched = tl.where(best < neg_iou, -1, -2)  # -1 where no IoU is known, too
     matched = tl.where(best >= pos_iou, index, matched)
-    matched = tl.where(best < 0, -1, matched)
     out = batch * n + rows
     tl.store(matched_ptr + out, matched.to(tl.int64), mask=rows < n)
     tl.store(max_iou_ptr + out, tl.where(best > 0, best, 0.0), mask=rows < n)
@@ -153,9 +150,10 @@ def match_low_quality_kernel(
         if valid_ptr is not None:
             ok = ok & tl.load(valid_ptr + at, mask=ok, other=0).to(tl.int1)
         ok = ok & (top >= min_pos_iou)
+        small = tl.max((ok & (top < 1e-30)).to(tl.int32), axis=0) > 0
+        top = tl.where(ok, top, 2.0)  # out of reach
         gt = _load_boxes(gt_ptr, at, ok, ACC)
         w, h = _sides(gt, anchor)
-        small = tl.max((ok & (top < 1e-30)).to(tl.int32), axis=0) > 0
         if _any_reaches_0(nan_min(w, h)) | small:
             inter, union = _areas(w, h, gt, anchor)
             if _any_reaches_0(inter - (top * 0.99)[:, None] * union) | small:

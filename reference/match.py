@@ -51,10 +51,9 @@ def box_match(
             if largest >= np.float32(min_pos_iou):
                 low_quality[iou == largest] = g
     matched = np.full(len(anchors), -2)
-    matched[best < np.float32(neg_iou)] = -1
+    matched[best < np.float32(neg_iou)] = -1  # where there is no IoU, too
     positive = best >= np.float32(pos_iou)
     matched[positive] = index[positive]
-    matched[index < 0] = -1  # no IoU at all
     if match_low_quality:
         matched = np.where(low_quality >= 0, low_quality, matched)
     return matched, np.where(best > 0, best, dtype(0))
