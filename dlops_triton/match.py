@@ -16,12 +16,12 @@ from .reference import match as reference
 MATCH = Settings(
     "match",
     fp32={"BLOCK_N": 128, "BLOCK_M": 4, "num_warps": 1},
-    fp64={"BLOCK_N": 64, "BLOCK_M": 4, "num_warps": 1},
+    fp64={"BLOCK_N": 64, "BLOCK_M": 2, "num_warps": 1},
 )
 LOW_QUALITY = Settings(
     "match_low_quality",
     fp32={"BLOCK_N": 128, "BLOCK_M": 4, "num_warps": 1},
-    fp64={"BLOCK_N": 64, "BLOCK_M": 4, "num_warps": 1},
+    fp64={"BLOCK_N": 64, "BLOCK_M": 2, "num_warps": 1},
 )
 
 

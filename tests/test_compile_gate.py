@@ -113,3 +113,13 @@ def test_the_resolver_reads_its_bitmask_in_vectors(gate: list[Record]) -> None:
     for record in gate:
         if record.kernel == "nms_resolve_kernel" and record.target == "sm_90":
             assert record.code.counts["load_128"] >= 16, str(record)
+
+
+def test_instructions_per_pair_of_a_match(gate: list[Record]) -> None:
+    """fp32 on sm_90, when nothing is left out; and reductions that leave no warp."""
+    for record in gate:
+        if record.target != "sm_90" or not record.case.startswith("match float32"):
+            continue
+        code, tile = record.code, record.constants["BLOCK_N"] * record.constants["BLOCK_M"]
+        assert code.loop_instructions * record.num_warps * 32 / tile <= 50, str(record)
+        assert code.loop_counts["warp_reduction"] >= 2, str(record)

@@ -20,6 +20,7 @@ from dlops_triton import (
     _dispatch,
     _settings,
     box_iou,
+    box_match,
     ghmc_loss,
     ghmr_loss,
     nms,
@@ -244,7 +245,7 @@ def test_the_defaults_are_sound_and_both_dtypes_have_the_same_settings() -> None
         *("focal_sum", "focal_fwd", "focal_bwd", "scale", "iou_fwd", "iou_bwd"),
         *("softmax_focal", "softmax_focal_long"),
         *("ghm_count_rows", "ghm_count", "ghm_loss_rows", "ghm_loss", "ghm_bwd"),
-        *("nms_mask", "nms_resolve", "nms_suppress"),
+        *("nms_mask", "nms_resolve", "nms_suppress", "match", "match_low_quality"),
     }
     for name, settings in _settings.ALL.items():
         for dtype, values in settings.defaults.items():
@@ -298,6 +299,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, gpu: str, target: str) -> dict[str
     ghmr_loss(wide, torch.zeros(9, 5), reduction="none").backward(torch.zeros(9, 5))
     boxes = torch.zeros(9, 4, dtype=HALF, requires_grad=True)
     box_iou(boxes, boxes).backward(torch.zeros(9, 9, dtype=HALF))
+    box_match(boxes, boxes)
     nms(torch.zeros(NMS.BAND + 1, 4, dtype=HALF), torch.zeros(NMS.BAND + 1), 0.5)
     return found
 
@@ -313,7 +315,7 @@ def test_every_launch_has_its_settings(folder: Path, monkeypatch: pytest.MonkeyP
     (folder / "a.json").write_text(json.dumps(content))
     for gpu, target, factor in (("A", "sm_90", 2), ("", "", 1)):
         found = launched(monkeypatch, gpu, target)
-        assert len(found) == 16
+        assert len(found) == 18
         for name, settings in _settings.ALL.items():
             if name == "op":
                 continue
@@ -354,6 +356,8 @@ OTHER = {
     "focal_bwd": {"BLOCK": 128, "num_warps": 1},
     "focal_sum": {"BLOCK": 128, "BLOCKS": 1000, "num_warps": 2},
     "iou_fwd": {"BLOCK_N": 4, "BLOCK_M": 16, "num_warps": 1},
+    "match": {"BLOCK_N": 16, "BLOCK_M": 8, "num_warps": 2},
+    "match_low_quality": {"BLOCK_N": 64, "BLOCK_M": 2, "num_warps": 2},
     "nms_mask": {"BLOCK": 32, "ROWS": 8, "num_warps": 1},
     "nms_resolve": {"WORDS": 2, "num_warps": 1},
     "nms_suppress": {"BLOCK": 64, "ROWS": 16, "WORDS": 1, "num_warps": 1},
@@ -376,7 +380,8 @@ def test_answers_do_not_hang_on_the_settings(
         (dx,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
         total = sigmoid_focal_loss(x, labels, reduction="sum")
         (slope,) = torch.autograd.grad(total, x)
-        return [loss, dx, total, slope, box_iou(b[:40], b), nms(b, scores, 0.4)]
+        exact = box_iou(b[:40], b), *box_match(b, b[:40] + 2), nms(b, scores, 0.4)
+        return [loss, dx, total, slope, *exact]
 
     with override("nms_mask", BLOCK=64):
         want = answers()
