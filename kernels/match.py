@@ -98,22 +98,25 @@ def match_kernel(
         cols = start + tl.arange(0, BLOCK_M)
         at = batch * m + cols
         ok = cols < m
+        some = True
         if valid_ptr is not None:
             ok = ok & tl.load(valid_ptr + at, mask=ok, other=0).to(tl.int1)
-        gt = _load_boxes(gt_ptr, at, ok, ACC)
-        w, h = _sides(gt, anchor)
-        if _any_reaches_0(nan_min(w, h)) | unset:
-            inter, union = _areas(w, h, gt, anchor)
-            iou = tl.where(ok[:, None], _iou(inter, union), -1.0)
-            largest = tl.max(iou, axis=0)
-            first = tl.min(tl.where(iou == largest[None, :], cols[:, None], 2147483647), axis=0)
-            index = tl.where(largest > best, first, index)
-            best = tl.maximum(best, largest)
-            unset = tl.max((best < 0).to(tl.int32), axis=0) > 0
-            if top_ptr is not None:
-                # Bits of an IoU are ordered as it is; those of -1 and -0 are less than 0.
-                bits = tl.max(iou.to(top_ptr.dtype.element_ty, bitcast=True), axis=1)
-                tl.atomic_max(top_ptr + at, bits, mask=ok & (bits > 0), sem="relaxed")
+            some = tl.max(ok.to(tl.int32), axis=0) > 0
+        if some:  # padding costs little
+            gt = _load_boxes(gt_ptr, at, ok, ACC)
+            w, h = _sides(gt, anchor)
+            if _any_reaches_0(nan_min(w, h)) | unset:
+                inter, union = _areas(w, h, gt, anchor)
+                iou = tl.where(ok[:, None], _iou(inter, union), -1.0)
+                largest = tl.max(iou, axis=0)
+                first = tl.min(tl.where(iou == largest[None, :], cols[:, None], 2147483647), axis=0)
+                index = tl.where(largest > best, first, index)
+                best = tl.maximum(best, largest)
+                unset = tl.max((best < 0).to(tl.int32), axis=0) > 0
+                if top_ptr is not None:
+                    # Bits of an IoU are ordered as it is; those of -1 and -0 are less than 0.
+                    bits = tl.max(iou.to(top_ptr.dtype.element_ty, bitcast=True), axis=1)
+                    tl.atomic_max(top_ptr + at, bits, mask=ok & (bits > 0), sem="relaxed")
     matched = tl.where(best < neg_iou, -1, -2)  # -1 where no IoU is known, too
     matched = tl.where(best >= pos_iou, index, matched)
     out = batch * n + rows
@@ -150,15 +153,18 @@ def match_low_quality_kernel(
         if valid_ptr is not None:
             ok = ok & tl.load(valid_ptr + at, mask=ok, other=0).to(tl.int1)
         ok = ok & (top >= min_pos_iou)
-        small = tl.max((ok & (top < 1e-30)).to(tl.int32), axis=0) > 0
-        top = tl.where(ok, top, 2.0)  # out of reach
-        gt = _load_boxes(gt_ptr, at, ok, ACC)
-        w, h = _sides(gt, anchor)
-        if _any_reaches_0(nan_min(w, h)) | small:
-            inter, union = _areas(w, h, gt, anchor)
-            if _any_reaches_0(inter - (top * 0.99)[:, None] * union) | small:
-                attained = _iou(inter, union) == top[:, None]
-                last = tl.max(tl.where(attained, cols[:, None], -1), axis=0)
-                index = tl.maximum(index, last)
+        # In integers, whose maximum the compiler knows to be one for the warp.
+        level = tl.max(tl.where(ok, tl.where(top < 1e-30, 2, 1), 0), axis=0)
+        small = level == 2
+        if level > 0:
+            top = tl.where(ok, top, 2.0)  # out of reach
+            gt = _load_boxes(gt_ptr, at, ok, ACC)
+            w, h = _sides(gt, anchor)
+            if _any_reaches_0(nan_min(w, h)) | small:
+                inter, union = _areas(w, h, gt, anchor)
+                if _any_reaches_0(inter - (top * 0.99)[:, None] * union) | small:
+                    attained = _iou(inter, union) == top[:, None]
+                    last = tl.max(tl.where(attained, cols[:, None], -1), axis=0)
+                    index = tl.maximum(index, last)
     out = matched_ptr + batch * n + rows
     tl.store(out, index.to(tl.int64), mask=(rows < n) & (index >= 0))

@@ -116,7 +116,7 @@ def test_the_resolver_reads_its_bitmask_in_vectors(gate: list[Record]) -> None:
 
 
 def test_instructions_per_pair_of_a_match(gate: list[Record]) -> None:
-    """fp32 on sm_90, when nothing is left out; and reductions that leave no warp."""
+    """fp32 on sm_90, when nothing is left out; and reductions by one instruction of the warp."""
     for record in gate:
         if record.target != "sm_90" or not record.case.startswith("match float32"):
             continue

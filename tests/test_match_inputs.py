@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.autograd import profiler
 
-from dlops_triton import _dispatch, box_match
+from dlops_triton import _dispatch, box_iou, box_match
 from tests.test_match import IGNORED, LARGE, NEGATIVE, random_set, sized
 
 # ---- batches, layouts, dtypes
@@ -38,6 +38,16 @@ def test_a_batch_is_its_images(shared: bool, device: torch.device) -> None:
             by_place = torch.cat([indices, indices.new_tensor([IGNORED, NEGATIVE])])
             assert torch.equal(matched[i], by_place[kept[0]])
     assert bool((matched[2] == NEGATIVE).all())
+
+
+def test_fp32_maxima_are_those_of_box_iou(kernel: torch.device) -> None:
+    """And of torch.max, whose first index counts on the CPU."""
+    anchors, gt, _ = random_set(5, 600)
+    a, b = (torch.from_numpy(x).float().nan_to_num(0, 9, -9).to(kernel) for x in (anchors, gt))
+    matched, max_iou = box_match(a, b, pos_iou=0, neg_iou=0, match_low_quality=False)
+    values, indices = box_iou(a, b).cpu().max(1)
+    assert torch.equal(max_iou.cpu(), values)
+    assert torch.equal(matched.cpu(), indices)
 
 
 def test_any_strides(device: torch.device) -> None:
