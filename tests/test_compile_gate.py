@@ -123,3 +123,4 @@ def test_instructions_per_pair_of_a_match(gate: list[Record]) -> None:
         code, tile = record.code, record.constants["BLOCK_N"] * record.constants["BLOCK_M"]
         assert code.loop_instructions * record.num_warps * 32 / tile <= 50, str(record)
         assert code.loop_counts["warp_reduction"] >= 2, str(record)
+        assert code.loop_counts["shuffle"] == 0, str(record)
