@@ -66,7 +66,7 @@ def box_match(
 
     With ``min_pos_iou=0`` a box that intersects no anchor has the largest IoU 0, and step 3 gives
     it every anchor of IoU 0 with it, as in mmdet: a positive ``min_pos_iou`` prevents that. mmdet
-    counts -2 as -1, -1 as 0, and boxes from 1.
+    writes -1 for -2, 0 for -1, counts boxes from 1, and raises unions of less than 1e-6 to that.
 
     IoU is IEEE fp32 arithmetic (fp64 for fp64), 0 where the union is 0. A NaN IoU (NaN or infinite
     coordinates) is less than any other and matches nothing. An anchor without any IoU, as when no
