@@ -4,6 +4,7 @@ from ._dispatch import implementation
 from .focal import sigmoid_focal_loss
 from .ghm import ghmc_loss, ghmr_loss
 from .iou import box_iou
+from .match import box_match
 from .nms import batched_nms, nms, nms_padded
 from .soft_nms import soft_nms, soft_nms_padded
 from .softmax_focal import softmax_focal_loss
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "batched_nms",
     "box_iou",
+    "box_match",
     "ghmc_loss",
     "ghmr_loss",
     "implementation",

@@ -24,13 +24,13 @@ from .kernels.nms import (
 # walks the bitmask in the blocks that it was written in.
 SMALL = Settings(
     "nms_small",
-    fp32={"BLOCK": 256, "ROWS": 8, "num_warps": 4},
-    fp64={"BLOCK": 256, "ROWS": 2, "num_warps": 4},
+    fp32={"BLOCK": 256, "ROWS": 4, "num_warps": 4},
+    fp64={"BLOCK": 256, "ROWS": 1, "num_warps": 4},
 )
 SEGMENTS = Settings(
     "nms_segments",
     fp32={"BLOCK": 256, "ROWS": 8, "CHUNK": 64, "num_warps": 2},
-    fp64={"BLOCK": 256, "ROWS": 2, "CHUNK": 64, "num_warps": 4},
+    fp64={"BLOCK": 256, "ROWS": 1, "CHUNK": 64, "num_warps": 4},
 )
 MASK = Settings("nms_mask", fp32={"BLOCK": 1024, "ROWS": 4, "num_warps": 8})
 RESOLVE = Settings("nms_resolve", fp32={"WORDS": 16, "num_warps": 16})

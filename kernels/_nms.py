@@ -23,7 +23,7 @@ from ._math import box_area
 def read_boxes(boxes_ptr, index, mask, OFFSET: tl.constexpr):
     """Corners and area, in the dtype of the arithmetic. 16 bytes a load."""
     ACC: tl.constexpr = tl.float64 if boxes_ptr.dtype.element_ty == tl.float64 else tl.float32
-    at = boxes_ptr + (index * 4)[:, None] + tl.arange(0, 4)[None, :]
+    at = boxes_ptr + (index.to(tl.int64) * 4)[:, None] + tl.arange(0, 4)[None, :]
     if mask is None:
         corners = tl.load(at).to(ACC)
     else:
@@ -126,10 +126,10 @@ def relation(
             row = tl.minimum(w * 32 + first + tl.arange(0, ROWS), n - 1)
             j = tl.load(list_ptr + row)
             box_j = read_boxes(boxes_ptr, j, None, OFFSET)
-            hit = excess(box_j, i, threshold, decision, OFFSET, TINY) > 0
+            over = excess(box_j, i, threshold, decision, OFFSET, TINY)
             if ids_ptr is not None:
-                hit = hit & (tl.load(ids_ptr + j)[:, None] == i_id[None, :])
-            of_word |= packed(hit, ROWS) << first
+                over = tl.where(tl.load(ids_ptr + j)[:, None] == i_id[None, :], over, 0.0)
+            of_word |= packed(over > 0, ROWS) << first
         of_word &= bits_before(lane - w * 32)
         bits = tl.where(word[:, None] == w, of_word[None, :], bits)
     return bits

@@ -14,7 +14,7 @@ bit_ji):  j < i makes the relation triangular, so after r rounds the first r box
 sets need a handful of rounds, and none needs more than the block has boxes.
 
 How two boxes are compared is in `_nms.py`. Instructions per pair on sm_90, fp32: 13 are needed, and
-a share of what loads box j; 16.5 to 20 with all that is around them.
+a share of what loads box j; 16.5 to 20.5 with all around them.
 """
 
 import triton

@@ -12,6 +12,7 @@ from torch import Tensor
 from dlops_triton import (
     _dispatch,
     box_iou,
+    box_match,
     ghmc_loss,
     ghmr_loss,
     nms_padded,
@@ -132,6 +133,14 @@ def _soft_nms(
     )
 
 
+def _match(dtype: torch.dtype, padded: bool = False, low_quality: bool = True) -> None:
+    """``padded`` as a training loop has them: boxes to a common number, anchors of all images."""
+    anchors, gt = torch.zeros(2, ANCHORS, 4, dtype=dtype), torch.zeros(2, 300, 4, dtype=dtype)
+    valid = torch.ones(2, 300, dtype=torch.bool) if padded else None
+    anchors = anchors[0] if padded else anchors
+    box_match(anchors, gt, gt_valid=valid, match_low_quality=low_quality)
+
+
 _CALLS: dict[str, Callable[[], None]] = {
     **{
         f"focal {str(dtype).removeprefix('torch.')} labels sum": functools.partial(
@@ -183,6 +192,12 @@ _CALLS: dict[str, Callable[[], None]] = {
         for dtype in (BFLOAT, FLOAT, DOUBLE)
     },
     "iof float32 offset 1": functools.partial(_iou, FLOAT, mode="iof", offset=1),
+    **{
+        f"match {str(dtype).removeprefix('torch.')}": functools.partial(_match, dtype)
+        for dtype in (HALF, BFLOAT, FLOAT, DOUBLE)
+    },
+    "match float32 padded": functools.partial(_match, FLOAT, True),
+    "match float32 thresholds alone": functools.partial(_match, FLOAT, low_quality=False),
     **{
         f"nms {tier} float32": functools.partial(_nms, FLOAT, tier)
         for tier in ("small", "segments", "bands")

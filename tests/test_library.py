@@ -19,6 +19,7 @@ from dlops_triton import (
     _dispatch,
     batched_nms,
     box_iou,
+    box_match,
     ghmc_loss,
     ghmr_loss,
     nms,
@@ -69,6 +70,14 @@ def test_opcheck(device: torch.device) -> None:
         (OPS.box_iou_fwd.default, (a.half().expand(3, 7, 4), b.half().expand(3, 6, 4), 1, True)),
         (OPS.box_iou_bwd.default, (grad, a, b, 0, False, True)),
         (OPS.box_iou_bwd.default, (grad.mT, b, a, 1, True, False)),
+        (OPS.box_match.default, (a[None], b[None], None, 0.5, 0.4, 0.0, True)),
+        (
+            OPS.box_match.default,
+            (
+                *(a.half().expand(3, 7, 4), b.half().expand(3, 6, 4), idxs[:6].bool().expand(3, 6)),
+                *(0.5, 0.5, 0.25, False),
+            ),
+        ),
         (OPS.nms.default, (a, scores, None, 0.5, 0, None, None)),
         (OPS.nms.default, (a.mT.contiguous().mT, scores, idxs, 0.5, 1, 0.2, 3)),
     ):
@@ -89,7 +98,9 @@ class Everything(nn.Module):
         iou = box_iou(a, b + 1)
         kept = batched_nms(a, x[:, 0], labels, 0.5, score_threshold=-1.0)
         best = nms(a, x[:, 1], 0.3, max_output=a.shape[0] // 2)
-        return loss + mutual + harmonized, each + 0, iou.max(1).values, kept, best
+        matched, overlap = box_match(a, b.expand(2, -1, -1), gt_valid=b[:, 0].ge(9).expand(2, -1))
+        found = (kept, best, matched, overlap, *box_match(a, b, match_low_quality=False))
+        return loss + mutual + harmonized, each + 0, iou.max(1).values, *found
 
 
 def everything(device: torch.device, n: int) -> tuple[Tensor, ...]:
@@ -174,6 +185,13 @@ CALLS: dict[str, tuple[Callable[..., Any], int, int, int]] = {
     ),
     "GHM-R": (lambda x, t, a, b: ghmr_loss(x, x.detach() + 1), 2, 1, 0),
     "box_iou": (lambda x, t, a, b: box_iou(a, b).sum(), 1, 2, 0),
+    "box_match": (lambda x, t, a, b: box_match(a, b)[0], 2, 0, 0),
+    "box_match of padded images": (
+        lambda x, t, a, b: box_match(a, b[None], gt_valid=b[None, :, 0] > 9)[0], 2, 0, 0,
+    ),
+    "box_match by thresholds alone": (
+        lambda x, t, a, b: box_match(a, b, match_low_quality=False)[1], 1, 0, 0,
+    ),
     "nms": (lambda x, t, a, b: nms(a, x[:, 0], 0.5), 2, 0, 1),
     "batched_nms": (
         lambda x, t, a, b: batched_nms(a, x[:, 0], t, 0.5, score_threshold=0.1, max_output=9),
@@ -240,6 +258,26 @@ def test_traffic_of_box_iou(kernel: torch.device) -> None:
     assert back.launches == 1
     least = 16 * (n + m)  # and an expanded gradient is one value
     assert least <= back.loaded_sectors * 32 <= least + 32
+
+
+def test_traffic_of_box_match(kernel: torch.device) -> None:
+    n, m, images = 512, 20, 2
+    anchors, gt = boxes(n), boxes(images * m).view(images, m, 4)
+    got = metered(kernel, lambda: box_match(anchors, gt, match_low_quality=False))
+    # Tiles of 128 anchors read all boxes of their image.
+    tiles = images * n // 128
+    assert got.loaded == 16 * (images * n + tiles * m)
+    assert got.loaded_sectors * 32 == 16 * (n + images * m)  # the anchors of all images once
+    assert (got.stored, got.atomic) == (images * n * 12, 0)
+    got = metered(kernel, lambda: box_match(anchors, gt))
+    assert got.kernels == ["match_kernel", "match_low_quality_kernel"]
+    assert got.loaded == 2 * 16 * (images * n + tiles * m) + tiles * m * 4
+    assert 0 < got.atomic <= tiles * m * 4
+    assert images * n * 12 < got.stored <= images * n * (12 + 8)
+    # Boxes that nothing can be matched with are not read again.
+    got = metered(kernel, lambda: box_match(anchors + 1000, gt, min_pos_iou=0.1))
+    assert got.loaded == 2 * 16 * images * n + tiles * m * (16 + 4)
+    assert got.atomic == 0
 
 
 def test_traffic_of_nms(kernel: torch.device) -> None:

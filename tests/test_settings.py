@@ -21,6 +21,7 @@ from dlops_triton import (
     _nms,
     _settings,
     box_iou,
+    box_match,
     ghmc_loss,
     ghmr_loss,
     nms,
@@ -248,7 +249,7 @@ def test_the_defaults_are_sound_and_both_dtypes_have_the_same_settings() -> None
         *("softmax_focal", "softmax_focal_long"),
         *("ghm_count_rows", "ghm_count", "ghm_loss_rows", "ghm_loss", "ghm_bwd"),
         *("nms_small", "nms_segments", "nms_mask", "nms_resolve", "nms_suppress"),
-        "soft_nms",
+        *("soft_nms", "match", "match_low_quality"),
     }
     for name, settings in _settings.ALL.items():
         for dtype, values in settings.defaults.items():
@@ -307,6 +308,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, gpu: str, target: str) -> dict[str
         many = torch.zeros(n, 4, dtype=HALF), torch.zeros(n, dtype=HALF)
         NMS._launch(*many, ids, 0.5, 0, None, None)
     soft_nms(torch.zeros(3000, 4, dtype=HALF), torch.zeros(3000))
+    box_match(boxes, boxes)
     return found
 
 
@@ -321,7 +323,7 @@ def test_every_launch_has_its_settings(folder: Path, monkeypatch: pytest.MonkeyP
     (folder / "a.json").write_text(json.dumps(content))
     for gpu, target, factor in (("A", "sm_90", 2), ("", "", 1)):
         found = launched(monkeypatch, gpu, target)
-        assert len(found) == 20
+        assert len(found) == 22
         for name, settings in _settings.ALL.items():
             if name == "op":
                 continue
@@ -362,6 +364,8 @@ OTHER = {
     "focal_bwd": {"BLOCK": 128, "num_warps": 1},
     "focal_sum": {"BLOCK": 128, "BLOCKS": 1000, "num_warps": 2},
     "iou_fwd": {"BLOCK_N": 4, "BLOCK_M": 16, "num_warps": 1},
+    "match": {"BLOCK_N": 16, "BLOCK_M": 8, "num_warps": 2},
+    "match_low_quality": {"BLOCK_N": 64, "BLOCK_M": 2, "num_warps": 2},
     "nms_mask": {"BLOCK": 32, "ROWS": 8, "num_warps": 1},
     "nms_resolve": {"WORDS": 2, "num_warps": 1},
     "nms_suppress": {"BLOCK": 64, "ROWS": 16, "SHARE": 8, "num_warps": 1},
@@ -393,7 +397,8 @@ def test_answers_do_not_hang_on_the_settings(
             for ids in (None, labels.repeat(5)[:150])
             if ids is None or tier != "bands"
         ]
-        return [loss, dx, total, slope, box_iou(b[:40], b), *kept, *soft_nms(b, scores)]
+        exact = box_iou(b[:40], b), *box_match(b, b[:40] + 2), *kept, *soft_nms(b, scores)
+        return [loss, dx, total, slope, *exact]
 
     with override("nms_mask", BLOCK=64):
         want = answers()
