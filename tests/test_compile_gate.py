@@ -23,11 +23,15 @@ KERNELS = {
     "ghm_bwd_kernel",
     "box_iou_fwd_kernel",
     "box_iou_bwd_kernel",
+    "box_penalty_bwd_kernel",
+    "iou_loss_fwd_kernel",
+    "iou_loss_bwd_kernel",
     "nms_mask_kernel",
     "nms_resolve_kernel",
     "nms_suppress_kernel",
 }
 # Whose result is compared with a threshold, here or by the caller.
+# Not so what takes a penalty from an IoU.
 EXACT = {"box_iou_fwd_kernel", "nms_mask_kernel", "nms_suppress_kernel"}
 
 pytestmark = [pytest.mark.xdist_group("gate"), pytest.mark.filterwarnings("default")]
@@ -48,7 +52,8 @@ def test_deciding_arithmetic_is_ieee(gate: list[Record]) -> None:
     """Rounded division, no contraction, no flushing of small numbers."""
     seen = set()
     for record in gate:
-        if record.kernel in EXACT and record.target.startswith("sm_"):
+        penalized = record.constants.get("KIND", "iou") not in ("iou", "iof")
+        if record.kernel in EXACT and not penalized and record.target.startswith("sm_"):
             division = set(re.findall(r"\bdiv\.[a-z.]+f(?:32|64)\b", record.ptx))
             assert division in ({"div.rn.f32"}, {"div.rn.f64"}), f"{record}: {division}"
             wrong = re.findall(
@@ -99,6 +104,20 @@ def test_instructions_per_logit(case: str, kernel: str, ceiling: int, gate: list
     assert code.loop_instructions == 0 or code.loop_counts["special"] == 2 * (
         record.constants["BLOCK"] // (32 * record.num_warps)
     )
+
+
+def test_box_losses_move_boxes_in_vectors_of_16_bytes(gate: list[Record]) -> None:
+    for record in gate:
+        if record.target != "sm_90" or not record.kernel.startswith("iou_loss"):
+            continue
+        # A box is 16 bytes in fp32, 8 in the halves.
+        if record.arguments["boxes1_ptr"][0] in ("*fp32", "*fp64"):
+            assert record.code.counts["load_128"] >= 2, str(record)
+        if record.kernel == "iou_loss_bwd_kernel":
+            sides = ("d1_ptr" in record.arguments) + ("d2_ptr" in record.arguments)
+            assert record.code.counts["store"] == sides * (
+                2 if record.arguments["boxes1_ptr"][0] == "*fp64" else 1
+            ), str(record)
 
 
 def test_the_resolver_reads_its_bitmask_in_vectors(gate: list[Record]) -> None:

@@ -20,6 +20,8 @@ from dlops_triton import (
     _dispatch,
     _settings,
     box_iou,
+    generalized_box_iou,
+    generalized_box_iou_loss,
     ghmc_loss,
     ghmr_loss,
     nms,
@@ -242,6 +244,7 @@ def sound(name: str, values: dict[str, int] | Any, where: str) -> None:
 def test_the_defaults_are_sound_and_both_dtypes_have_the_same_settings() -> None:
     assert set(_settings.ALL) == {
         *("focal_sum", "focal_fwd", "focal_bwd", "scale", "iou_fwd", "iou_bwd"),
+        *("penalty_fwd", "penalty_bwd", "iou_loss_fwd", "iou_loss_bwd"),
         *("softmax_focal", "softmax_focal_long"),
         *("ghm_count_rows", "ghm_count", "ghm_loss_rows", "ghm_loss", "ghm_bwd"),
         *("nms_mask", "nms_resolve", "nms_suppress"),
@@ -286,8 +289,12 @@ def launched(monkeypatch: pytest.MonkeyPatch, gpu: str, target: str) -> dict[str
     monkeypatch.setattr(_dispatch, "gpu", lambda device: (gpu, target))
     monkeypatch.setattr(_dispatch, "cpu_implementation", "kernel")
     monkeypatch.setattr(
-        _dispatch, "launch", lambda kernel, *_, **s: found.update({kernel.fn.__name__: s})
+        _dispatch, "launch", lambda kernel, *_, **s: found.setdefault(kernel.fn.__name__, s)
     )
+    boxes = torch.zeros(9, 4, dtype=HALF, requires_grad=True)
+    generalized_box_iou(boxes, boxes).backward(torch.zeros(9, 9, dtype=HALF))
+    found["box_penalty_fwd_kernel"] = found.pop("box_iou_fwd_kernel")  # it has settings for each
+    generalized_box_iou_loss(boxes, boxes, "sum").backward()
     x = torch.zeros(9, 5, dtype=HALF, requires_grad=True)
     sigmoid_focal_loss(x, torch.zeros(9, 5), reduction="sum").backward()
     wide = torch.zeros(9, 5, dtype=torch.bfloat16, requires_grad=True)
@@ -296,7 +303,6 @@ def launched(monkeypatch: pytest.MonkeyPatch, gpu: str, target: str) -> dict[str
         softmax_focal_loss(torch.zeros(9, classes, dtype=HALF), torch.zeros(9, dtype=torch.long))
     ghmc_loss(wide, torch.zeros(9, dtype=torch.long))
     ghmr_loss(wide, torch.zeros(9, 5), reduction="none").backward(torch.zeros(9, 5))
-    boxes = torch.zeros(9, 4, dtype=HALF, requires_grad=True)
     box_iou(boxes, boxes).backward(torch.zeros(9, 9, dtype=HALF))
     nms(torch.zeros(NMS.BAND + 1, 4, dtype=HALF), torch.zeros(NMS.BAND + 1), 0.5)
     return found
@@ -313,11 +319,12 @@ def test_every_launch_has_its_settings(folder: Path, monkeypatch: pytest.MonkeyP
     (folder / "a.json").write_text(json.dumps(content))
     for gpu, target, factor in (("A", "sm_90", 2), ("", "", 1)):
         found = launched(monkeypatch, gpu, target)
-        assert len(found) == 16
+        assert len(found) == 20
         for name, settings in _settings.ALL.items():
             if name == "op":
                 continue
-            stem = {"focal_sum": "focal_rows"}.get(name, f"{'box_' * (name[:3] == 'iou')}{name}")
+            boxed = name in ("iou_fwd", "iou_bwd", "penalty_fwd", "penalty_bwd")
+            stem = {"focal_sum": "focal_rows"}.get(name, f"{'box_' * boxed}{name}")
             kernel = found[f"{stem}_kernel"]
             for key, value in settings.defaults[FLOAT].items():
                 assert key in ("programs", "BLOCKS") or kernel[key] == factor * value, name
