@@ -19,6 +19,11 @@ from dlops_triton import (
     _dispatch,
     batched_nms,
     box_iou,
+    complete_box_iou,
+    complete_box_iou_loss,
+    distance_box_iou_loss,
+    generalized_box_iou,
+    generalized_box_iou_loss,
     ghmc_loss,
     ghmr_loss,
     nms,
@@ -72,6 +77,10 @@ def test_opcheck(device: torch.device) -> None:
         ),
         (OPS.box_iou_bwd.default, (grad, a, b, 0, "diou", 1e-7, True)),
         (OPS.box_iou_bwd.default, (grad.mT, b, a, 1, "iof", 0.0, False)),
+        (OPS.iou_loss_fwd.default, (a[:6], b, "giou", "none", 1e-7)),
+        (OPS.iou_loss_fwd.default, (a.half().mT.contiguous().mT, a.half(), "diou", "mean", 1e-7)),
+        (OPS.iou_loss_bwd.default, (grad[0], b, b + 1, "ciou", "none", 0.0, True, True)),
+        (OPS.iou_loss_bwd.default, (scores[0], a, a + 1, "giou", "sum", 1e-7, False, True)),
         (OPS.nms.default, (a, scores, None, 0.5, 0, None, None)),
         (OPS.nms.default, (a.mT.contiguous().mT, scores, idxs, 0.5, 1, 0.2, 3)),
     ):
@@ -89,10 +98,15 @@ class Everything(nn.Module):
             + softmax_focal_loss(x, labels, reduction="none").sum()
         )
         harmonized = ghmc_loss(x, labels) + ghmr_loss(x, x.detach() + 1)
-        iou = box_iou(a, b + 1)
+        boxed = (
+            complete_box_iou_loss(a, a.detach() + 1, "mean")
+            + distance_box_iou_loss(a.detach(), a + 1, "sum")
+            + generalized_box_iou_loss(a, a.roll(1, 0)).sum()
+        )
+        iou = box_iou(a, b + 1) + generalized_box_iou(a, b) - complete_box_iou(a, b + 2)
         kept = batched_nms(a, x[:, 0], labels, 0.5, score_threshold=-1.0)
         best = nms(a, x[:, 1], 0.3, max_output=a.shape[0] // 2)
-        return loss + mutual + harmonized, each + 0, iou.max(1).values, kept, best
+        return loss + mutual + harmonized + boxed, each + 0, iou.max(1).values, kept, best
 
 
 def everything(device: torch.device, n: int) -> tuple[Tensor, ...]:
@@ -144,6 +158,9 @@ def test_fake_tensors_and_meta() -> None:
     assert box_iou(
         torch.zeros(2, 5, 4, device="meta"), torch.zeros(2, 6, 4, device="meta")
     ).shape == (2, 5, 6)
+    a = torch.zeros(2, 5, 4, device="meta", dtype=torch.half)
+    assert generalized_box_iou_loss(a, a).shape == (2, 5)
+    assert generalized_box_iou_loss(a, a, "mean").dtype == torch.float32
 
 
 def test_autocast_changes_nothing(device: torch.device) -> None:
@@ -177,6 +194,9 @@ CALLS: dict[str, tuple[Callable[..., Any], int, int, int]] = {
     ),
     "GHM-R": (lambda x, t, a, b: ghmr_loss(x, x.detach() + 1), 2, 1, 0),
     "box_iou": (lambda x, t, a, b: box_iou(a, b).sum(), 1, 2, 0),
+    "complete_box_iou": (lambda x, t, a, b: complete_box_iou(a, b).sum(), 1, 2, 0),
+    "ciou loss": (lambda x, t, a, b: complete_box_iou_loss(a, a.detach() + 1).sum(), 1, 1, 0),
+    "giou loss mean": (lambda x, t, a, b: generalized_box_iou_loss(a, b[:20], "mean"), 1, 1, 0),
     "nms": (lambda x, t, a, b: nms(a, x[:, 0], 0.5), 2, 0, 1),
     "batched_nms": (
         lambda x, t, a, b: batched_nms(a, x[:, 0], t, 0.5, score_threshold=0.1, max_output=9),
@@ -238,11 +258,27 @@ def test_traffic_of_box_iou(kernel: torch.device) -> None:
     assert got.stored == n * m * 4
     # Tiles of 16 x 128 read their boxes again: 16 bytes for every 128 and every 16 pairs.
     assert got.loaded == n * m * 16 // 128 + n * m * 16 // 16
-    iou = box_iou(a, b)
-    back = metered(kernel, lambda: iou.sum().backward())
-    assert back.launches == 1
     least = 16 * (n + m)  # and an expanded gradient is one value
-    assert least <= back.loaded_sectors * 32 <= least + 32
+    for iou in (box_iou(a, b), complete_box_iou(a, b)):
+        back = metered(kernel, iou.sum().backward)
+        assert back.launches == 1
+        assert least <= back.loaded_sectors * 32 <= least + 32
+
+
+def test_traffic_of_the_box_losses(kernel: torch.device) -> None:
+    n = 600
+    a, b = boxes(n).requires_grad_(), boxes(n)
+    each = metered(kernel, lambda: complete_box_iou_loss(a, b))
+    assert (each.loaded, each.stored) == (n * 32, n * 4)
+    total = metered(kernel, lambda: complete_box_iou_loss(a, b, "mean"))
+    programs = -(-n // 256)
+    assert total.loaded == n * 32 + programs * 4
+    assert total.stored == programs * 4 + 4 + 4  # the programs' sums, the counter, the loss
+    loss = complete_box_iou_loss(a, b, "mean")
+    back = metered(kernel, lambda: loss.backward())
+    assert back.launches == 1
+    assert back.loaded == n * 32 + 4 * -(-n // 128)  # the incoming gradient once a program
+    assert back.stored == n * 16
 
 
 def test_traffic_of_nms(kernel: torch.device) -> None:
