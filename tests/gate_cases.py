@@ -110,9 +110,13 @@ def _iou(dtype: torch.dtype, op: Callable[..., Tensor] = box_iou, **options: obj
 
 
 def _iou_loss(
-    dtype: torch.dtype, op: Callable[..., Tensor], reduction: str = "none", both: bool = False
+    dtype: torch.dtype,
+    op: Callable[..., Tensor],
+    reduction: str = "none",
+    both: bool = False,
+    pairs: int = ANCHORS,
 ) -> None:
-    a, b = (torch.zeros(ANCHORS, 4, dtype=dtype, requires_grad=x) for x in (True, both))
+    a, b = (torch.zeros(pairs, 4, dtype=dtype, requires_grad=x) for x in (True, both))
     op(a, b, reduction).sum().backward()
 
 
@@ -183,6 +187,9 @@ _CALLS: dict[str, Callable[[], None]] = {
     "ciou float16": functools.partial(_iou, HALF, complete_box_iou),
     "ciou float64": functools.partial(_iou, DOUBLE, complete_box_iou),
     "giou_loss float32 sum": functools.partial(_iou_loss, FLOAT, generalized_box_iou_loss, "sum"),
+    "giou_loss float32 mean of one": functools.partial(
+        _iou_loss, FLOAT, generalized_box_iou_loss, "mean", pairs=1
+    ),
     "giou_loss bfloat16": functools.partial(_iou_loss, BFLOAT, generalized_box_iou_loss),
     "diou_loss float32 both": functools.partial(_iou_loss, FLOAT, distance_box_iou_loss, both=True),
     "ciou_loss float32 mean": functools.partial(_iou_loss, FLOAT, complete_box_iou_loss, "mean"),

@@ -190,6 +190,19 @@ def test_equal_boxes_cost_nothing(kind: str, device: torch.device) -> None:
     assert OPS[kind](a, a).min().item() >= 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_symmetric(kind: str, device: torch.device, rng: np.random.Generator) -> None:
+    a, b = (x.to(device).requires_grad_() for x in inputs(rng, (200,), torch.float32))
+    loss, mirrored = OPS[kind](a, b), OPS[kind](b, a)
+    assert torch.equal(loss, mirrored)
+    for x, y in zip(
+        torch.autograd.grad(loss.sum(), (a, b)),
+        torch.autograd.grad(mirrored.sum(), (a, b)),
+        strict=True,
+    ):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-8)
+
+
 def test_sums_over_many_programs(kernel: torch.device, rng: np.random.Generator) -> None:
     a, b = (x.to(kernel).requires_grad_() for x in inputs(rng, (1100,), torch.float32))
     with (

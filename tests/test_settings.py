@@ -20,6 +20,8 @@ from dlops_triton import (
     _dispatch,
     _settings,
     box_iou,
+    complete_box_iou,
+    complete_box_iou_loss,
     generalized_box_iou,
     generalized_box_iou_loss,
     ghmc_loss,
@@ -355,12 +357,15 @@ def test_the_compile_gate_compiles_with_the_settings_of_its_target() -> None:
 
 # --- answers ----------------------------------------------------------------------------------
 
-# Without iou_bwd, whose sums may be rounded otherwise.
+# Without iou_bwd and penalty_bwd, whose sums may be rounded otherwise.
 OTHER = {
     "focal_fwd": {"BLOCK": 64, "num_warps": 1},
     "focal_bwd": {"BLOCK": 128, "num_warps": 1},
     "focal_sum": {"BLOCK": 128, "BLOCKS": 1000, "num_warps": 2},
     "iou_fwd": {"BLOCK_N": 4, "BLOCK_M": 16, "num_warps": 1},
+    "penalty_fwd": {"BLOCK_N": 4, "BLOCK_M": 16, "num_warps": 1},
+    "iou_loss_fwd": {"BLOCK": 16, "num_warps": 1},
+    "iou_loss_bwd": {"BLOCK": 32, "num_warps": 2},
     "nms_mask": {"BLOCK": 32, "ROWS": 8, "num_warps": 1},
     "nms_resolve": {"WORDS": 2, "num_warps": 1},
     "nms_suppress": {"BLOCK": 64, "ROWS": 16, "WORDS": 1, "num_warps": 1},
@@ -383,7 +388,11 @@ def test_answers_do_not_hang_on_the_settings(
         (dx,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
         total = sigmoid_focal_loss(x, labels, reduction="sum")
         (slope,) = torch.autograd.grad(total, x)
-        return [loss, dx, total, slope, box_iou(b[:40], b), nms(b, scores, 0.4)]
+        other = b.roll(1, 0).requires_grad_()
+        apart = complete_box_iou_loss(b, other)
+        (pull,) = torch.autograd.grad(apart.sum(), other)
+        pairs = [box_iou(b[:40], b), complete_box_iou(b[:40], b), apart, pull]
+        return [loss, dx, total, slope, *pairs, nms(b, scores, 0.4)]
 
     with override("nms_mask", BLOCK=64):
         want = answers()
