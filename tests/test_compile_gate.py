@@ -111,7 +111,7 @@ def test_box_losses_move_boxes_in_vectors_of_16_bytes(gate: list[Record]) -> Non
         if record.target != "sm_90" or not record.kernel.startswith("iou_loss"):
             continue
         # A box is one vector in fp32, two in fp64, half of one else.
-        wide = {"*fp32": 1, "*fp64": 2}.get(record.arguments["boxes1_ptr"].split(":")[0], 0)
+        wide = {"*fp32": 1, "*fp64": 2}.get(record.arguments["boxes1_ptr"].split()[0], 0)
         counts = record.code.counts
         assert counts["load_128"] >= 2 * wide, str(record)
         if record.kernel == "iou_loss_bwd_kernel":
