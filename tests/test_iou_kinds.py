@@ -41,6 +41,9 @@ OPS: dict[str, Callable[..., Tensor]] = {
 }
 EPS = {"giou": 0.0, "diou": 1e-7, "ciou": 1e-7}
 
+# The hull of two of these has no side above 0.
+INSIDE_OUT = torch.tensor([[9, 8, 1, 2], [8, 8, 2, 5], [7, 5, 4, 1]]).double()
+
 
 def pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a[..., :, None, :], b[..., None, :, :]
@@ -85,6 +88,7 @@ def test_reference_gradient_is_torchs(kind: str, offset: int, rng: np.random.Gen
     least = int(kind == "ciou" and offset == 0)
     a, b = (boxes(rng, 3, n, size=9, least=least, span=9) for n in (30, 25))
     a[:, :5] = b[:, :5]
+    a[:, 5:8], b[:, 5:7] = INSIDE_OUT, INSIDE_OUT[1:] + 1
     a, b = a.requires_grad_(), b.requires_grad_()
     g = torch.from_numpy(rng.normal(size=(3, 30, 25)))
     value = similarity(*pairs(a, b), kind, EPS[kind], offset)
@@ -188,7 +192,9 @@ def test_matches_the_reference(
 def test_batched_and_offset(
     offset: Literal[0, 1], kind: str, device: torch.device, rng: np.random.Generator
 ) -> None:
-    a, b = (boxes(rng, 2, 3, n).to(device).requires_grad_() for n in (20, 33))
+    a, b = (boxes(rng, 2, 3, n) for n in (20, 33))
+    a[..., :3, :], b[..., -2:, :] = INSIDE_OUT, INSIDE_OUT[1:] + 1
+    a, b = (x.to(device).requires_grad_() for x in (a, b))
     value = OPS[kind](a, b, offset=offset)
     g = torch.from_numpy(rng.normal(size=(2, 3, 20, 33))).to(device)
     value.backward(g)
