@@ -3,7 +3,12 @@
 from ._dispatch import implementation
 from .focal import sigmoid_focal_loss
 from .ghm import ghmc_loss, ghmr_loss
-from .iou import box_iou
+from .iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou
+from .iou_loss import (
+    complete_box_iou_loss,
+    distance_box_iou_loss,
+    generalized_box_iou_loss,
+)
 from .match import box_match
 from .nms import batched_nms, nms, nms_padded
 from .soft_nms import soft_nms, soft_nms_padded
@@ -15,6 +20,12 @@ __all__ = [
     "batched_nms",
     "box_iou",
     "box_match",
+    "complete_box_iou",
+    "complete_box_iou_loss",
+    "distance_box_iou",
+    "distance_box_iou_loss",
+    "generalized_box_iou",
+    "generalized_box_iou_loss",
     "ghmc_loss",
     "ghmr_loss",
     "implementation",

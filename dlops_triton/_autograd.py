@@ -25,8 +25,10 @@ class _NotTwice(torch.autograd.Function):
         raise RuntimeError(f"{ctx.name} can be differentiated once only, not twice")
 
 
-def once_differentiable(name: str) -> Callable[[Backward], Backward]:
+def once_differentiable(name: str = "") -> Callable[[Backward], Backward]:
     """Decorate the backward of an ``autograd.Function`` whose gradient has no derivative.
+
+    ``name`` is that of the op, for the message; that of several ops is in ``ctx.op``.
 
     Under ``create_graph`` torch's own decorator lets the second derivative vanish in silence where
     the incoming gradient is a constant. This one raises whenever it is asked for.
@@ -41,7 +43,7 @@ def once_differentiable(name: str) -> Callable[[Backward], Backward]:
                 return gradients
             depends_on = [t for t in (*grads, *ctx.saved_tensors) if t is not None]
             return tuple(
-                None if g is None else _NotTwice.apply(name, g, *depends_on)  # type: ignore[no-untyped-call]
+                None if g is None else _NotTwice.apply(name or ctx.op, g, *depends_on)  # type: ignore[no-untyped-call]
                 for g in gradients
             )
 

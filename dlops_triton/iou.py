@@ -1,4 +1,4 @@
-"""Pairwise box IoU: the public function, its autograd and its launchers."""
+"""Pairwise box IoU, GIoU, DIoU and CIoU: the public functions, their autograd and launchers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from . import _autograd, _checks, _dispatch
 from ._settings import Settings
-from .kernels.iou import box_iou_bwd_kernel, box_iou_fwd_kernel
+from .kernels.iou import box_iou_bwd_kernel, box_iou_fwd_kernel, box_penalty_bwd_kernel
 from .reference import iou as reference
+
+PLAIN = ("iou", "iof")  # the kinds without a penalty: the modes of box_iou
 
 # The defaults are chosen for what stays in registers.
 FWD = Settings(
@@ -19,9 +21,20 @@ FWD = Settings(
     fp32={"BLOCK_N": 16, "BLOCK_M": 128, "num_warps": 4},
     fp64={"BLOCK_N": 8, "BLOCK_M": 128, "num_warps": 4},
 )
+# With a penalty, whose hull and angles take twice the registers.
+PENALTY_FWD = Settings(
+    "penalty_fwd",
+    fp32={"BLOCK_N": 16, "BLOCK_M": 64, "num_warps": 4},
+    fp64={"BLOCK_N": 8, "BLOCK_M": 64, "num_warps": 4},
+)
 # The backward splits its sums until there are about so many programs.
 BWD = Settings(
     "iou_bwd",
+    fp32={"BLOCK_N": 16, "BLOCK_M": 32, "num_warps": 4, "programs": 512},
+    fp64={"BLOCK_N": 8, "BLOCK_M": 32, "num_warps": 4, "programs": 512},
+)
+PENALTY_BWD = Settings(
+    "penalty_bwd",
     fp32={"BLOCK_N": 16, "BLOCK_M": 32, "num_warps": 4, "programs": 512},
     fp64={"BLOCK_N": 8, "BLOCK_M": 32, "num_warps": 4, "programs": 512},
 )
@@ -59,6 +72,106 @@ def box_iou(
     every GPU; the CPU reference rounds once, from float64. Bitwise deterministic, no host
     synchronisation. Differentiating twice raises.
     """
+    _check(boxes1, boxes2, offset)
+    _checks.choice("mode", mode, PLAIN)
+    return _apply("box_iou", boxes1, boxes2, offset, mode)
+
+
+def generalized_box_iou(boxes1: Tensor, boxes2: Tensor, *, offset: Literal[0, 1] = 0) -> Tensor:
+    r"""Generalized IoU of every box of one set with every box of another.
+
+    GIoU = IoU - (C - U) / C in [-1, 1], with the area U of the union and C of the smallest box that
+    holds both (Rezatofighi et al., CVPR 2019). ``torchvision.ops.generalized_box_iou`` with a batch
+    dimension, the legacy pixel convention, and a fused backward.
+
+    Args:
+        boxes1: [N, 4] or [..., N, 4] boxes (x1, y1, x2, y2), fp16, bf16, fp32 or fp64.
+        boxes2: [M, 4] or [..., M, 4], the same dtype, device and leading dimensions.
+        offset: 1 adds 1 to every width and height (inclusive pixel coordinates), C's included.
+
+    Returns:
+        [..., N, M] in the dtype of the boxes, computed in fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value, named
+            in the message.
+
+    The IoU is that of `box_iou`, 0 for two boxes without area. Where C is 0 there is no penalty. A
+    box with a NaN coordinate has NaN with every box; of infinite boxes the value is that of IEEE
+    arithmetic. A pair whose value is NaN gives neither box a gradient. Equal coordinates share the
+    gradient of min and max in halves, as in torch. Bitwise deterministic, no host synchronisation.
+    Differentiating twice raises.
+    """
+    _check(boxes1, boxes2, offset)
+    return _apply("generalized_box_iou", boxes1, boxes2, offset, "giou")
+
+
+def distance_box_iou(
+    boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7, *, offset: Literal[0, 1] = 0
+) -> Tensor:
+    r"""Distance IoU of every box of one set with every box of another.
+
+    DIoU = IoU - d^2 / (c^2 + eps), with the distance d of the centres and the diagonal c of the
+    smallest box that holds both (Zheng et al., AAAI 2020). ``torchvision.ops.distance_box_iou``
+    with a batch dimension, the legacy pixel convention, and a fused backward.
+
+    Args:
+        boxes1: [N, 4] or [..., N, 4] boxes (x1, y1, x2, y2), fp16, bf16, fp32 or fp64.
+        boxes2: [M, 4] or [..., M, 4], the same dtype, device and leading dimensions.
+        eps: added to the squared diagonal; at least 0 and finite. Each value compiles its kernels.
+        offset: 1 adds 1 to every width and height (inclusive pixel coordinates), that of the
+            smallest box that holds both included.
+
+    Returns:
+        [..., N, M] in the dtype of the boxes, computed in fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value, named
+            in the message.
+
+    Where the squared diagonal and eps are 0 there is no penalty. The rest is as in
+    `generalized_box_iou`.
+    """
+    _check(boxes1, boxes2, offset)
+    _checks.number("eps", eps, 0.0, float("inf"), "at least 0 and finite")
+    return _apply("distance_box_iou", boxes1, boxes2, offset, "diou", eps)
+
+
+def complete_box_iou(
+    boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7, *, offset: Literal[0, 1] = 0
+) -> Tensor:
+    r"""Complete IoU of every box of one set with every box of another.
+
+    CIoU = DIoU - alpha v, with v = 4 / pi^2 (atan(w1 / h1) - atan(w2 / h2))^2 and
+    alpha = v / (1 - IoU + v + eps), through which no gradient flows (Zheng et al., AAAI 2020).
+    ``torchvision.ops.complete_box_iou`` with a batch dimension, the legacy pixel convention, and a
+    fused backward.
+
+    Args:
+        boxes1: [N, 4] or [..., N, 4] boxes (x1, y1, x2, y2), fp16, bf16, fp32 or fp64.
+        boxes2: [M, 4] or [..., M, 4], the same dtype, device and leading dimensions.
+        eps: added to the squared diagonal and below alpha; at least 0 and finite. Each value
+            compiles its kernels.
+        offset: 1 adds 1 to every width and height (inclusive pixel coordinates), that of the
+            smallest box that holds both included.
+
+    Returns:
+        [..., N, M] in the dtype of the boxes, computed in fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value, named
+            in the message.
+
+    The angle atan(w / h) of a point is 0, without a gradient, where torchvision has NaN; that of a
+    box without height is pi/2, whose gradient is the limit's. alpha is 0 where v is. The rest is as
+    in `distance_box_iou`.
+    """
+    _check(boxes1, boxes2, offset)
+    _checks.number("eps", eps, 0.0, float("inf"), "at least 0 and finite")
+    return _apply("complete_box_iou", boxes1, boxes2, offset, "ciou", eps)
+
+
+def _check(boxes1: Tensor, boxes2: Tensor, offset: int) -> None:
     _checks.boxes("boxes1", boxes1, batched=True)
     _checks.boxes("boxes2", boxes2, batched=True)
     _checks.same_device("boxes2", boxes2, "boxes1", boxes1)
@@ -70,72 +183,91 @@ def box_iou(
             f"{tuple(boxes1.shape)} and {tuple(boxes2.shape)}"
         )
     _checks.choice("offset", offset, (0, 1))
-    _checks.choice("mode", mode, ("iou", "iof"))
-    iou: Tensor = _BoxIou.apply(  # type: ignore[no-untyped-call]
-        boxes1, boxes2, int(offset), mode == "iof"
+
+
+def _apply(
+    name: str, boxes1: Tensor, boxes2: Tensor, offset: int, kind: str, eps: float = 0.0
+) -> Tensor:
+    value: Tensor = _BoxIou.apply(  # type: ignore[no-untyped-call]
+        name, boxes1, boxes2, int(offset), kind, float(eps)
     )
-    return iou
+    return value
 
 
 class _BoxIou(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, boxes1: Tensor, boxes2: Tensor, offset: int, iof: bool) -> Tensor:
+    def forward(
+        ctx: Any, op: str, boxes1: Tensor, boxes2: Tensor, offset: int, kind: str, eps: float
+    ) -> Tensor:
         ctx.save_for_backward(boxes1, boxes2)
-        ctx.options = (offset, iof)
-        return _fwd(boxes1, boxes2, offset, iof)
+        ctx.op, ctx.options = op, (offset, kind, eps)
+        return _fwd(boxes1, boxes2, offset, kind, eps)
 
     @staticmethod
-    @_autograd.once_differentiable("box_iou")
+    @_autograd.once_differentiable()
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         boxes1, boxes2 = ctx.saved_tensors
         d1 = d2 = None
-        if ctx.needs_input_grad[0]:
-            d1 = _bwd(grad, boxes1, boxes2, *ctx.options, True)
         if ctx.needs_input_grad[1]:
+            d1 = _bwd(grad, boxes1, boxes2, *ctx.options, True)
+        if ctx.needs_input_grad[2]:
             d2 = _bwd(grad.mT, boxes2, boxes1, *ctx.options, False)
-        return d1, d2, None, None
+        return None, d1, d2, None, None, None
 
 
-def _alloc_iou(boxes1: Tensor, boxes2: Tensor, offset: int, iof: bool) -> Tensor:
+def _alloc_iou(boxes1: Tensor, boxes2: Tensor, offset: int, kind: str, eps: float) -> Tensor:
     return boxes1.new_empty((*boxes1.shape[:-1], boxes2.shape[-2]))
 
 
 def _alloc_grad(
-    grad: Tensor, own: Tensor, other: Tensor, offset: int, iof: bool, own_is_first: bool
+    grad: Tensor,
+    own: Tensor,
+    other: Tensor,
+    offset: int,
+    kind: str,
+    eps: float,
+    own_is_first: bool,
 ) -> Tensor:
     return own.new_empty(own.shape)
 
 
-def _launch_fwd(boxes1: Tensor, boxes2: Tensor, offset: int, iof: bool) -> Tensor:
-    iou = _alloc_iou(boxes1, boxes2, offset, iof)
-    if iou.numel() == 0:
-        return iou
-    n, m = iou.shape[-2:]
-    settings = FWD.on(boxes1)
+def _launch_fwd(boxes1: Tensor, boxes2: Tensor, offset: int, kind: str, eps: float) -> Tensor:
+    out = _alloc_iou(boxes1, boxes2, offset, kind, eps)
+    if out.numel() == 0:
+        return out
+    n, m = out.shape[-2:]
+    settings = (FWD if kind in PLAIN else PENALTY_FWD).on(boxes1)
     tiles = triton.cdiv(n, settings["BLOCK_N"]) * triton.cdiv(m, settings["BLOCK_M"])
     _dispatch.launch(
         box_iou_fwd_kernel,
-        (iou.numel() // (n * m) * tiles,),
+        (out.numel() // (n * m) * tiles,),
         boxes1.contiguous(),
         boxes2.contiguous(),
-        iou,
+        out,
         n,
         m,
         OFFSET=offset,
-        IOF=iof,
+        KIND=kind,
+        EPS=eps,
         enable_fp_fusion=False,
         **settings,
     )
-    return iou
+    return out
 
 
 def _launch_bwd(
-    grad: Tensor, own: Tensor, other: Tensor, offset: int, iof: bool, own_is_first: bool
+    grad: Tensor,
+    own: Tensor,
+    other: Tensor,
+    offset: int,
+    kind: str,
+    eps: float,
+    own_is_first: bool,
 ) -> Tensor:
     n, m = grad.shape[-2:]
     if grad.numel() == 0:
-        return _alloc_grad(grad, own, other, offset, iof, own_is_first).zero_()
-    settings = dict(BWD.on(own))
+        return _alloc_grad(grad, own, other, offset, kind, eps, own_is_first).zero_()
+    settings = dict((BWD if kind in PLAIN else PENALTY_BWD).on(own))
     wanted = settings.pop("programs")
     grad = grad.reshape(-1, n, m)
     programs = grad.shape[0] * triton.cdiv(n, settings["BLOCK_N"])
@@ -144,8 +276,11 @@ def _launch_bwd(
     splits = triton.cdiv(blocks, per_split)
     dtype = _dispatch.compute_dtype(own.dtype)
     partial = own.new_empty((splits, *own.shape), dtype=dtype)
+    kernel, options = box_penalty_bwd_kernel, {"KIND": kind, "EPS": eps}
+    if kind in PLAIN:
+        kernel, options = box_iou_bwd_kernel, {"IOF": kind == "iof", "OWN_IS_FIRST": own_is_first}
     _dispatch.launch(
-        box_iou_bwd_kernel,
+        kernel,
         (programs, splits),
         own.contiguous(),
         other.contiguous(),
@@ -156,45 +291,50 @@ def _launch_bwd(
         per_split * settings["BLOCK_M"],
         *grad.stride(),
         OFFSET=offset,
-        IOF=iof,
-        OWN_IS_FIRST=own_is_first,
+        **options,
         enable_fp_fusion=True,
         **settings,
     )
     return (partial[0] if splits == 1 else partial.sum(0)).to(own.dtype)
 
 
-def _mode(iof: bool) -> str:
-    return "iof" if iof else "iou"
-
-
-def _reference_fwd(boxes1: Tensor, boxes2: Tensor, offset: int, iof: bool) -> Tensor:
+def _reference_fwd(boxes1: Tensor, boxes2: Tensor, offset: int, kind: str, eps: float) -> Tensor:
     a, b = _dispatch.to_numpy(boxes1), _dispatch.to_numpy(boxes2)
-    return _dispatch.from_numpy(
-        reference.box_iou(a, b, offset=offset, mode=_mode(iof)), boxes1.dtype
-    )
+    if kind in PLAIN:
+        value = reference.box_iou(a, b, offset=offset, mode=kind)
+    else:
+        value = reference.box_penalized(a, b, kind, offset=offset, eps=eps)
+    return _dispatch.from_numpy(value, boxes1.dtype)
 
 
 def _reference_bwd(
-    grad: Tensor, own: Tensor, other: Tensor, offset: int, iof: bool, own_is_first: bool
+    grad: Tensor,
+    own: Tensor,
+    other: Tensor,
+    offset: int,
+    kind: str,
+    eps: float,
+    own_is_first: bool,
 ) -> Tensor:
     g, a, b = (_dispatch.to_numpy(t) for t in (grad, own, other))
-    if own_is_first:
-        d, _ = reference.box_iou_grad(a, b, g, offset=offset, mode=_mode(iof))
+    if kind not in PLAIN:
+        d, _ = reference.box_penalized_grad(a, b, g, kind, offset=offset, eps=eps)
+    elif own_is_first:
+        d, _ = reference.box_iou_grad(a, b, g, offset=offset, mode=kind)
     else:
-        _, d = reference.box_iou_grad(b, a, g.swapaxes(-1, -2), offset=offset, mode=_mode(iof))
+        _, d = reference.box_iou_grad(b, a, g.swapaxes(-1, -2), offset=offset, mode=kind)
     return _dispatch.from_numpy(d, own.dtype)
 
 
 _fwd = _dispatch.register(
-    "box_iou_fwd(Tensor boxes1, Tensor boxes2, int offset, bool iof) -> Tensor",
+    "box_iou_fwd(Tensor boxes1, Tensor boxes2, int offset, str kind, float eps) -> Tensor",
     _launch_fwd,
     _reference_fwd,
     _alloc_iou,
 )
 _bwd = _dispatch.register(
-    "box_iou_bwd(Tensor grad, Tensor own, Tensor other, int offset, bool iof, bool own_is_first) "
-    "-> Tensor",
+    "box_iou_bwd(Tensor grad, Tensor own, Tensor other, int offset, str kind, float eps, "
+    "bool own_is_first) -> Tensor",
     _launch_bwd,
     _reference_bwd,
     _alloc_grad,

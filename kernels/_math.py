@@ -162,3 +162,50 @@ def box_overlap(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, OFFSET: tl.constexpr):
         return w, h
     else:
         return w + OFFSET, h + OFFSET
+
+
+@triton.jit
+def _atan_over_z(u, FULL: tl.constexpr):
+    """atan(z) / z for u = z^2: polynomials, minimax in relative error.
+
+    To 1.5e-8 for z in [0, 1], or with FULL to 4e-20 for z in [0, tan(pi / 8)].
+    """
+    if FULL:
+        p = u * 0.015139900474298892 - 0.033414765022334668
+        p = p * u + 0.045007158478597488
+        p = p * u - 0.052176274593601021
+        p = p * u + 0.058768857597319025
+        p = p * u - 0.066662108795586255
+        p = p * u + 0.076922815070618688
+        p = p * u - 0.090909080784518813
+        p = p * u + 0.11111111085909563
+        p = p * u - 0.14285714285340197
+        p = p * u + 0.19999999999997111
+        p = p * u - 0.33333333333333325
+        return p * u + 1.0
+    else:
+        p = u * 0.00284994016 - 0.0160688323
+        p = p * u + 0.0426918457
+        p = p * u - 0.0750432111
+        p = p * u + 0.106409455
+        p = p * u - 0.14203647
+        p = p * u + 0.199926196
+        p = p * u - 0.333330734
+        return p * u + 1.0
+
+
+@triton.jit
+def atan_ratio(a, b):
+    """atan(a / b), and 0 for 0 / 0, to 2.5e-7 (fp64: 5e-16) relative; in [-pi/2, pi/2]."""
+    low, high = nan_min(tl.abs(a), tl.abs(b)), nan_max(tl.abs(a), tl.abs(b))
+    z = tl.where(high == 0, high, div_rn(low, high))
+    if a.dtype == tl.float64:
+        # Past tan(pi / 8): atan(z) = pi/4 + atan((z - 1) / (z + 1)).
+        past = z > 0.41421356237309503
+        y = tl.where(past, (z - 1) / (z + 1), z)
+        angle = y * _atan_over_z(y * y, FULL=True)
+        angle = tl.where(past, angle + 0.7853981633974483, angle)
+    else:
+        angle = z * _atan_over_z(z * z, FULL=False)
+    angle = tl.where(tl.abs(a) > tl.abs(b), 1.5707963267948966 - angle, angle)
+    return tl.where((a < 0) != (b < 0), -angle, angle)

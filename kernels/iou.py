@@ -1,4 +1,4 @@
-"""Pairwise box IoU, forward and backward.
+"""Pairwise box IoU, its generalized, distance and complete forms, forward and backward.
 
 With areas A1, A2 and the intersection I = max(w, 0) max(h, 0) of two xyxy boxes:
 
@@ -8,16 +8,19 @@ With areas A1, A2 and the intersection I = max(w, 0) max(h, 0) of two xyxy boxes
 
 min and max split the gradient of a tie in halves and the clamp passes it at 0, as torch does.
 The forward value is that of IEEE arithmetic in the order written here, without fused
-multiply-adds, so that a comparison with a threshold is the same on every machine.
+multiply-adds, so that a comparison with a threshold is the same on every machine. The other kinds
+take a penalty (`_boxes.py`) from that value; its quotients are Triton's own.
 
 Bytes: forward writes s N M, and reads 4 s (N + M) once per tile; backward reads s N M per side.
-Instructions per pair on sm_90, fp32: about 73 forward, 64 to 77 backward.
+Instructions per pair on sm_90, fp32: about 73 forward, 64 to 77 backward; with a penalty 109 (GIoU)
+to 186 (CIoU, of angles that threads repeat) forward, 109 to 194 backward.
 """
 
 import triton
 import triton.language as tl
 
-from ._math import box_area, box_overlap, div_rn, nan_max
+from ._boxes import between_centres, hull, penalty, share, slopes, turned
+from ._math import atan_ratio, box_area, box_overlap, div_rn, nan_max
 
 
 @triton.jit
@@ -28,6 +31,21 @@ def _load_boxes(ptr, index, mask, ACC: tl.constexpr):
     x2 = tl.load(p + 2, mask=mask, other=0).to(ACC)
     y2 = tl.load(p + 3, mask=mask, other=0).to(ACC)
     return x1, y1, x2, y2
+
+
+@triton.jit
+def _down(x1, y1, x2, y2):
+    return x1[:, None], y1[:, None], x2[:, None], y2[:, None]
+
+
+@triton.jit
+def _across(x1, y1, x2, y2):
+    return x1[None, :], y1[None, :], x2[None, :], y2[None, :]
+
+
+@triton.jit
+def _angle(x1, y1, x2, y2, OFFSET: tl.constexpr):
+    return atan_ratio(x2 - x1 + OFFSET, y2 - y1 + OFFSET)
 
 
 @triton.jit
@@ -42,16 +60,17 @@ def _denominator(area1, area2, inter, IOF: tl.constexpr):
 def box_iou_fwd_kernel(
     boxes1_ptr,  # [B, N, 4] fp16 | bf16 | fp32 | fp64
     boxes2_ptr,  # [B, M, 4]
-    iou_ptr,  # [B, N, M]
+    out_ptr,  # [B, N, M]
     n,
     m,
     OFFSET: tl.constexpr,
-    IOF: tl.constexpr,
+    KIND: tl.constexpr,  # "iou" | "iof" | "giou" | "diou" | "ciou"
+    EPS: tl.constexpr,  # of a penalty
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """One program owns a BLOCK_N x BLOCK_M tile of one batch entry."""
-    ACC: tl.constexpr = tl.float64 if iou_ptr.dtype.element_ty == tl.float64 else tl.float32
+    ACC: tl.constexpr = tl.float64 if out_ptr.dtype.element_ty == tl.float64 else tl.float32
     pid = tl.program_id(0).to(tl.int64)
     tiles_m = tl.cdiv(m, BLOCK_M)
     tiles_n = tl.cdiv(n, BLOCK_N)
@@ -60,17 +79,27 @@ def box_iou_fwd_kernel(
     cols = pid % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     ax1, ay1, ax2, ay2 = _load_boxes(boxes1_ptr, batch * n + rows, rows < n, ACC)
     bx1, by1, bx2, by2 = _load_boxes(boxes2_ptr, batch * m + cols, cols < m, ACC)
-    area_a = box_area(ax1, ay1, ax2, ay2, OFFSET)
-    area_b = box_area(bx1, by1, bx2, by2, OFFSET)
-    w, h = box_overlap(
-        ax1[:, None], ay1[:, None], ax2[:, None], ay2[:, None],
-        bx1[None, :], by1[None, :], bx2[None, :], by2[None, :], OFFSET,
-    )  # fmt: skip
+    area_a = box_area(ax1, ay1, ax2, ay2, OFFSET)[:, None]
+    area_b = box_area(bx1, by1, bx2, by2, OFFSET)[None, :]
+    turn = 0.0
+    if KIND == "ciou":
+        angle_a = _angle(ax1, ay1, ax2, ay2, OFFSET)
+        turn = angle_a[:, None] - _angle(bx1, by1, bx2, by2, OFFSET)[None, :]
+    ax1, ay1, ax2, ay2 = _down(ax1, ay1, ax2, ay2)
+    bx1, by1, bx2, by2 = _across(bx1, by1, bx2, by2)
+    w, h = box_overlap(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, OFFSET)
     inter = nan_max(w, 0.0) * nan_max(h, 0.0)
-    below = _denominator(area_a[:, None], area_b[None, :], inter, IOF)
-    iou = tl.where(below == 0, 0.0, div_rn(inter, below))
-    out = iou_ptr + (batch * n + rows)[:, None] * m + cols[None, :]
-    tl.store(out, iou.to(iou_ptr.dtype.element_ty), mask=(rows < n)[:, None] & (cols < m)[None, :])
+    below = _denominator(area_a, area_b, inter, KIND == "iof")
+    value = tl.where(below == 0, 0.0, div_rn(inter, below))
+    if KIND != "iou" and KIND != "iof":
+        c_w, c_h = hull(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, OFFSET)
+        c_w, c_h = nan_max(c_w, 0.0), nan_max(c_h, 0.0)
+        d_x, d_y = between_centres(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2)
+        value -= penalty(value, below, c_w, c_h, d_x, d_y, turn, KIND, EPS)
+    out = out_ptr + (batch * n + rows)[:, None] * m + cols[None, :]
+    tl.store(
+        out, value.to(out_ptr.dtype.element_ty), mask=(rows < n)[:, None] & (cols < m)[None, :]
+    )
 
 
 @triton.jit
@@ -134,22 +163,111 @@ def box_iou_bwd_kernel(
         ok = ok & (w >= 0) & (h >= 0)
         d_w = tl.where(ok, d_inter * h, 0.0)
         d_h = tl.where(ok, d_inter * w, 0.0)
-        sum_x1 -= d_w * _share(x1[:, None] > ox1[None, :], x1[:, None] == ox1[None, :], ACC)
-        sum_y1 -= d_h * _share(y1[:, None] > oy1[None, :], y1[:, None] == oy1[None, :], ACC)
-        sum_x2 += d_w * _share(x2[:, None] < ox2[None, :], x2[:, None] == ox2[None, :], ACC)
-        sum_y2 += d_h * _share(y2[:, None] < oy2[None, :], y2[:, None] == oy2[None, :], ACC)
+        sum_x1 -= d_w * share(x1[:, None] > ox1[None, :], x1[:, None] == ox1[None, :], ACC)
+        sum_y1 -= d_h * share(y1[:, None] > oy1[None, :], y1[:, None] == oy1[None, :], ACC)
+        sum_x2 += d_w * share(x2[:, None] < ox2[None, :], x2[:, None] == ox2[None, :], ACC)
+        sum_y2 += d_h * share(y2[:, None] < oy2[None, :], y2[:, None] == oy2[None, :], ACC)
     d_area = tl.sum(sum_area, axis=1)
     # Selects, for the sides of a bad box are not finite.
-    d_area_w = tl.where(d_area == 0, 0.0, d_area * (y2 - y1 + OFFSET))
-    d_area_h = tl.where(d_area == 0, 0.0, d_area * (x2 - x1 + OFFSET))
+    d_w = tl.where(d_area == 0, 0.0, d_area * (y2 - y1 + OFFSET))
+    d_h = tl.where(d_area == 0, 0.0, d_area * (x2 - x1 + OFFSET))
     out = partial_ptr + ((split * (tl.num_programs(0) // tiles_n) + batch) * n + rows) * 4
-    tl.store(out, tl.sum(sum_x1, axis=1) - d_area_w, mask=rows < n)
-    tl.store(out + 1, tl.sum(sum_y1, axis=1) - d_area_h, mask=rows < n)
-    tl.store(out + 2, tl.sum(sum_x2, axis=1) + d_area_w, mask=rows < n)
-    tl.store(out + 3, tl.sum(sum_y2, axis=1) + d_area_h, mask=rows < n)
+    tl.store(out, tl.sum(sum_x1, axis=1) - d_w, mask=rows < n)
+    tl.store(out + 1, tl.sum(sum_y1, axis=1) - d_h, mask=rows < n)
+    tl.store(out + 2, tl.sum(sum_x2, axis=1) + d_w, mask=rows < n)
+    tl.store(out + 3, tl.sum(sum_y2, axis=1) + d_h, mask=rows < n)
 
 
 @triton.jit
-def _share(inside, tie, ACC: tl.constexpr):
-    """How much of a min or max is this operand: 1, 0, or half of a tie."""
-    return tl.where(tie, 0.5, tl.where(inside, 1.0, 0.0)).to(ACC)
+def box_penalty_bwd_kernel(
+    own_ptr,  # [B, N, 4]: the side whose gradient this is
+    other_ptr,  # [B, M, 4]
+    grad_ptr,  # gradient of the value, read through its strides
+    partial_ptr,  # [splits, B, N, 4] ACC
+    n,
+    m,
+    chunk,  # of the other side, per split; a multiple of BLOCK_M
+    grad_stride_batch,
+    grad_stride_own,
+    grad_stride_other,
+    OFFSET: tl.constexpr,
+    KIND: tl.constexpr,  # "giou" | "diou" | "ciou", which are symmetric
+    EPS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """One program owns BLOCK_N boxes and sums over one chunk of the other side, in order."""
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    tiles_n = tl.cdiv(n, BLOCK_N)
+    batch = tl.program_id(0).to(tl.int64) // tiles_n
+    rows = tl.program_id(0).to(tl.int64) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1).to(tl.int64)
+    x1, y1, x2, y2 = _load_boxes(own_ptr, batch * n + rows, rows < n, ACC)
+    area = box_area(x1, y1, x2, y2, OFFSET)
+    own_w, own_h = x2 - x1 + OFFSET, y2 - y1 + OFFSET
+    angle = atan_ratio(own_w, own_h)
+    x1, y1, x2, y2 = _down(x1, y1, x2, y2)
+    sum_x1 = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    sum_y1 = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    sum_x2 = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    sum_y2 = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    sum_area = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    sum_angle = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    for start in range(split * chunk, tl.minimum(split * chunk + chunk, m), BLOCK_M):
+        cols = start + tl.arange(0, BLOCK_M)
+        ok = (rows < n)[:, None] & (cols < m)[None, :]
+        ox1, oy1, ox2, oy2 = _load_boxes(other_ptr, batch * m + cols, cols < m, ACC)
+        other_area = box_area(ox1, oy1, ox2, oy2, OFFSET)
+        turn = 0.0
+        if KIND == "ciou":
+            turn = angle[:, None] - _angle(ox1, oy1, ox2, oy2, OFFSET)[None, :]
+        ox1, oy1, ox2, oy2 = _across(ox1, oy1, ox2, oy2)
+        at = batch * grad_stride_batch + rows[:, None] * grad_stride_own
+        g = tl.load(grad_ptr + at + cols[None, :] * grad_stride_other, mask=ok, other=0).to(ACC)
+        d_x1, d_y1, d_x2, d_y2, d_area, d_angle = _pair(
+            g, ok, x1, y1, x2, y2, ox1, oy1, ox2, oy2,
+            area[:, None], other_area[None, :], turn, OFFSET, KIND, EPS,
+        )  # fmt: skip
+        sum_x1 += d_x1
+        sum_y1 += d_y1
+        sum_x2 += d_x2
+        sum_y2 += d_y2
+        sum_area += d_area
+        if KIND == "ciou":
+            sum_angle += d_angle
+    d_w, d_h = turned(tl.sum(sum_angle, axis=1), own_w, own_h)
+    d_area = tl.sum(sum_area, axis=1)
+    # Selects, for the sides of a bad box are not finite.
+    d_w += tl.where(d_area == 0, 0.0, d_area * own_h)
+    d_h += tl.where(d_area == 0, 0.0, d_area * own_w)
+    out = partial_ptr + ((split * (tl.num_programs(0) // tiles_n) + batch) * n + rows) * 4
+    tl.store(out, tl.sum(sum_x1, axis=1) - d_w, mask=rows < n)
+    tl.store(out + 1, tl.sum(sum_y1, axis=1) - d_h, mask=rows < n)
+    tl.store(out + 2, tl.sum(sum_x2, axis=1) + d_w, mask=rows < n)
+    tl.store(out + 3, tl.sum(sum_y2, axis=1) + d_h, mask=rows < n)
+
+
+@triton.jit
+def _pair(
+    g, ok, x1, y1, x2, y2, ox1, oy1, ox2, oy2, area, other_area, turn,
+    OFFSET: tl.constexpr, KIND: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """What a pair adds to its own box: by its coordinates, its area and its angle."""
+    w, h = box_overlap(x1, y1, x2, y2, ox1, oy1, ox2, oy2, OFFSET)
+    inter = nan_max(w, 0.0) * nan_max(h, 0.0)
+    c_w, c_h = hull(x1, y1, x2, y2, ox1, oy1, ox2, oy2, OFFSET)
+    c_w, c_h = nan_max(c_w, 0.0), nan_max(c_h, 0.0)
+    d_x, d_y = between_centres(x1, y1, x2, y2, ox1, oy1, ox2, oy2)
+    d_inter, d_area, d_cw, d_ch, d_cx, d_cy, d_angle = slopes(
+        g, ok, inter, area + other_area - inter, c_w, c_h, d_x, d_y, turn, KIND, 0.0, EPS
+    )
+    over = (d_inter != 0) & (w >= 0) & (h >= 0)
+    # The overlap's share and the hull's: s (d_w - d_cw) + d_cw.
+    d_w = tl.where(over, d_inter * h, 0.0) - d_cw
+    d_h = tl.where(over, d_inter * w, 0.0) - d_ch
+    ACC: tl.constexpr = x1.dtype
+    d_x1 = d_cx - (d_w * share(x1 > ox1, x1 == ox1, ACC) + d_cw)
+    d_y1 = d_cy - (d_h * share(y1 > oy1, y1 == oy1, ACC) + d_ch)
+    d_x2 = d_cx + (d_w * share(x2 < ox2, x2 == ox2, ACC) + d_cw)
+    d_y2 = d_cy + (d_h * share(y2 < oy2, y2 == oy2, ACC) + d_ch)
+    return d_x1, d_y1, d_x2, d_y2, d_area, d_angle

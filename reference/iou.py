@@ -1,15 +1,27 @@
-"""Pairwise box IoU and its gradient, in float64."""
+"""Pairwise box IoU, its generalized, distance and complete forms, and gradients, in float64."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from ._boxes import IGNORE, Array, similarity, similarity_grad
 
-_IGNORE: Any = {"divide": "ignore", "invalid": "ignore", "over": "ignore"}
+
+def box_penalized(
+    boxes1: Array, boxes2: Array, kind: str, *, offset: int = 0, eps: float = 0.0
+) -> Array:
+    """GIoU, DIoU or CIoU ("giou", "diou", "ciou") of [..., N, 4] with [..., M, 4]."""
+    a, b = boxes1[..., :, None, :], boxes2[..., None, :, :]
+    return similarity(a, b, kind, offset=offset, eps=eps)
+
+
+def box_penalized_grad(
+    boxes1: Array, boxes2: Array, grad: Array, kind: str, *, offset: int = 0, eps: float = 0.0
+) -> tuple[Array, Array]:
+    """Gradients [..., N, 4] and [..., M, 4] of ``sum(grad * box_penalized(boxes1, boxes2))``."""
+    a, b = boxes1[..., :, None, :], boxes2[..., None, :, :]
+    d1, d2 = similarity_grad(a, b, grad, kind, offset=offset, eps=eps)
+    return d1.sum(-2), d2.sum(-3)
 
 
 def _intersection(boxes1: Array, boxes2: Array, offset: int) -> tuple[Array, Array]:
@@ -25,7 +37,7 @@ def _areas(boxes: Array, offset: int) -> Array:
 
 def box_iou(boxes1: Array, boxes2: Array, *, offset: int = 0, mode: str = "iou") -> Array:
     """IoU or IoF of [..., N, 4] with [..., M, 4], float64 [..., N, M]."""
-    with np.errstate(**_IGNORE):
+    with np.errstate(**IGNORE):
         boxes1, boxes2 = boxes1.astype(np.float64), boxes2.astype(np.float64)
         _, inter = _intersection(boxes1, boxes2, offset)
         below = _areas(boxes1, offset)[..., :, None] + 0 * inter
@@ -38,7 +50,7 @@ def box_iou_grad(
     boxes1: Array, boxes2: Array, grad: Array, *, offset: int = 0, mode: str = "iou"
 ) -> tuple[Array, Array]:
     """Gradients [..., N, 4] and [..., M, 4] of ``sum(grad * box_iou(boxes1, boxes2))``."""
-    with np.errstate(**_IGNORE):
+    with np.errstate(**IGNORE):
         boxes1, boxes2 = boxes1.astype(np.float64), boxes2.astype(np.float64)
         sides, inter = _intersection(boxes1, boxes2, offset)
         area1, area2 = _areas(boxes1, offset)[..., :, None], _areas(boxes2, offset)[..., None, :]

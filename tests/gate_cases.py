@@ -13,6 +13,12 @@ from dlops_triton import (
     _dispatch,
     box_iou,
     box_match,
+    complete_box_iou,
+    complete_box_iou_loss,
+    distance_box_iou,
+    distance_box_iou_loss,
+    generalized_box_iou,
+    generalized_box_iou_loss,
     ghmc_loss,
     ghmr_loss,
     nms_padded,
@@ -97,11 +103,22 @@ def _ghmr(dtype: torch.dtype, momentum: float = 0.0) -> None:
     ghmr_loss(x, target, weight, momentum=momentum, acc_sum=acc_sum).backward()
 
 
-def _iou(dtype: torch.dtype, **options: object) -> None:
+def _iou(dtype: torch.dtype, op: Callable[..., Tensor] = box_iou, **options: object) -> None:
     a = torch.zeros(2, 1000, 4, dtype=dtype, requires_grad=True)
     b = torch.zeros(2, 300, 4, dtype=dtype, requires_grad=True)
-    iou = box_iou(a, b, **options)  # type: ignore[arg-type]
+    iou = op(a, b, **options)
     iou.backward(torch.ones_like(iou))
+
+
+def _iou_loss(
+    dtype: torch.dtype,
+    op: Callable[..., Tensor],
+    reduction: str = "none",
+    both: bool = False,
+    pairs: int = ANCHORS,
+) -> None:
+    a, b = (torch.zeros(pairs, 4, dtype=dtype, requires_grad=x) for x in (True, both))
+    op(a, b, reduction).sum().backward()
 
 
 def _nms(
@@ -192,6 +209,23 @@ _CALLS: dict[str, Callable[[], None]] = {
         for dtype in (BFLOAT, FLOAT, DOUBLE)
     },
     "iof float32 offset 1": functools.partial(_iou, FLOAT, mode="iof", offset=1),
+    "giou float32": functools.partial(_iou, FLOAT, generalized_box_iou),
+    "giou bfloat16 offset 1": functools.partial(_iou, BFLOAT, generalized_box_iou, offset=1),
+    "diou float32": functools.partial(_iou, FLOAT, distance_box_iou),
+    "ciou float32": functools.partial(_iou, FLOAT, complete_box_iou),
+    "ciou float16": functools.partial(_iou, HALF, complete_box_iou),
+    "ciou float64": functools.partial(_iou, DOUBLE, complete_box_iou),
+    "giou_loss float32 sum": functools.partial(_iou_loss, FLOAT, generalized_box_iou_loss, "sum"),
+    "giou_loss float32 mean of one": functools.partial(
+        _iou_loss, FLOAT, generalized_box_iou_loss, "mean", pairs=1
+    ),
+    "giou_loss bfloat16": functools.partial(_iou_loss, BFLOAT, generalized_box_iou_loss),
+    "diou_loss float32 both": functools.partial(_iou_loss, FLOAT, distance_box_iou_loss, both=True),
+    "ciou_loss float32 mean": functools.partial(_iou_loss, FLOAT, complete_box_iou_loss, "mean"),
+    "ciou_loss float16 both": functools.partial(_iou_loss, HALF, complete_box_iou_loss, both=True),
+    "ciou_loss float64 mean both": functools.partial(
+        _iou_loss, DOUBLE, complete_box_iou_loss, "mean", True
+    ),
     **{
         f"match {str(dtype).removeprefix('torch.')}": functools.partial(_match, dtype)
         for dtype in (HALF, BFLOAT, FLOAT, DOUBLE)

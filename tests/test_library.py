@@ -20,10 +20,18 @@ from dlops_triton import (
     batched_nms,
     box_iou,
     box_match,
+    complete_box_iou,
+    complete_box_iou_loss,
+    distance_box_iou_loss,
+    generalized_box_iou,
+    generalized_box_iou_loss,
     ghmc_loss,
     ghmr_loss,
     nms,
+    nms_padded,
     sigmoid_focal_loss,
+    soft_nms,
+    soft_nms_padded,
     softmax_focal_loss,
 )
 from tests.tools.host_cost import host_cost
@@ -66,10 +74,17 @@ def test_opcheck(device: torch.device) -> None:
                 *(0.5, -100, 0.1, False, True, False),
             ),
         ),
-        (OPS.box_iou_fwd.default, (a, b, 0, False)),
-        (OPS.box_iou_fwd.default, (a.half().expand(3, 7, 4), b.half().expand(3, 6, 4), 1, True)),
-        (OPS.box_iou_bwd.default, (grad, a, b, 0, False, True)),
-        (OPS.box_iou_bwd.default, (grad.mT, b, a, 1, True, False)),
+        (OPS.box_iou_fwd.default, (a, b, 0, "iou", 0.0)),
+        (
+            OPS.box_iou_fwd.default,
+            (a.half().expand(3, 7, 4), b.half().expand(3, 6, 4), 1, "ciou", 1e-7),
+        ),
+        (OPS.box_iou_bwd.default, (grad, a, b, 0, "diou", 1e-7, True)),
+        (OPS.box_iou_bwd.default, (grad.mT, b, a, 1, "iof", 0.0, False)),
+        (OPS.iou_loss_fwd.default, (a[:6], b, "giou", "none", 1e-7)),
+        (OPS.iou_loss_fwd.default, (a.half().mT.contiguous().mT, a.half(), "diou", "mean", 1e-7)),
+        (OPS.iou_loss_bwd.default, (grad[0], b, b + 1, "ciou", "none", 0.0, True, True)),
+        (OPS.iou_loss_bwd.default, (scores[0], a, a + 1, "giou", "sum", 1e-7, False, True)),
         (OPS.box_match.default, (a[None], b[None], None, 0.5, 0.4, 0.0, True)),
         (
             OPS.box_match.default,
@@ -80,6 +95,23 @@ def test_opcheck(device: torch.device) -> None:
         ),
         (OPS.nms.default, (a, scores, None, 0.5, 0, None, None)),
         (OPS.nms.default, (a.mT.contiguous().mT, scores, idxs, 0.5, 1, 0.2, 3)),
+        (OPS.nms_padded.default, (a[None], scores[None], None, None, 0.5, 0, None, 4)),
+        (
+            OPS.nms_padded.default,
+            (
+                *(a.half().expand(3, 7, 4), scores.expand(3, 7), idxs.expand(3, 7), idxs[:3]),
+                *(0.5, 1, 0.2, 9),
+            ),
+        ),
+        (OPS.soft_nms.default, (a, scores, None, 0.3, 0.5, 0.001, "gaussian", 0, None)),
+        (OPS.soft_nms.default, (a, scores.half(), idxs, 0.3, 0.5, 0.2, "linear", 1, 3)),
+        (
+            OPS.soft_nms_padded.default,
+            (
+                *(a.half().expand(3, 7, 4), scores.expand(3, 7), idxs.expand(3, 7), idxs[:3]),
+                *(0.3, 0.5, 0.2, "hard", 1, 9),
+            ),
+        ),
     ):
         torch.library.opcheck(op, arguments)
 
@@ -95,12 +127,23 @@ class Everything(nn.Module):
             + softmax_focal_loss(x, labels, reduction="none").sum()
         )
         harmonized = ghmc_loss(x, labels) + ghmr_loss(x, x.detach() + 1)
-        iou = box_iou(a, b + 1)
+        boxed = (
+            complete_box_iou_loss(a, a.detach() + 1, "mean")
+            + distance_box_iou_loss(a.detach(), a + 1, "sum")
+            + generalized_box_iou_loss(a, a.roll(1, 0)).sum()
+        )
+        iou = box_iou(a, b + 1) + generalized_box_iou(a, b) - complete_box_iou(a, b + 2)
         kept = batched_nms(a, x[:, 0], labels, 0.5, score_threshold=-1.0)
         best = nms(a, x[:, 1], 0.3, max_output=a.shape[0] // 2)
         matched, overlap = box_match(a, b.expand(2, -1, -1), gt_valid=b[:, 0].ge(9).expand(2, -1))
         found = (kept, best, matched, overlap, *box_match(a, b, match_low_quality=False))
-        return loss + mutual + harmonized, each + 0, iou.max(1).values, *found
+        a2, x2 = a.expand(2, -1, -1), x[:, :2].mT
+        valid = labels[:2]
+        found += nms_padded(a2, x2, 0.4, idxs=labels.expand(2, -1), max_output=7)
+        found += nms_padded(a2, x2, 0.4, valid=valid, max_output=a.shape[0])
+        found += soft_nms(a, x[:, 0].sigmoid(), idxs=labels)
+        found += soft_nms_padded(a2, x2.sigmoid(), valid=valid, max_output=30)
+        return loss + mutual + harmonized + boxed, each + 0, iou.max(1).values, *found
 
 
 def everything(device: torch.device, n: int) -> tuple[Tensor, ...]:
@@ -152,6 +195,9 @@ def test_fake_tensors_and_meta() -> None:
     assert box_iou(
         torch.zeros(2, 5, 4, device="meta"), torch.zeros(2, 6, 4, device="meta")
     ).shape == (2, 5, 6)
+    a = torch.zeros(2, 5, 4, device="meta", dtype=torch.half)
+    assert generalized_box_iou_loss(a, a).shape == (2, 5)
+    assert generalized_box_iou_loss(a, a, "mean").dtype == torch.float32
 
 
 def test_autocast_changes_nothing(device: torch.device) -> None:
@@ -192,10 +238,37 @@ CALLS: dict[str, tuple[Callable[..., Any], int, int, int]] = {
     "box_match by thresholds alone": (
         lambda x, t, a, b: box_match(a, b, match_low_quality=False)[1], 1, 0, 0,
     ),
-    "nms": (lambda x, t, a, b: nms(a, x[:, 0], 0.5), 2, 0, 1),
+    "complete_box_iou": (lambda x, t, a, b: complete_box_iou(a, b).sum(), 1, 2, 0),
+    "ciou loss": (lambda x, t, a, b: complete_box_iou_loss(a, a.detach() + 1).sum(), 1, 1, 0),
+    "giou loss mean": (lambda x, t, a, b: generalized_box_iou_loss(a, b[:20], "mean"), 1, 1, 0),
+    "nms": (lambda x, t, a, b: nms(a, x[:, 0], 0.5), 1, 0, 1),
     "batched_nms": (
         lambda x, t, a, b: batched_nms(a, x[:, 0], t, 0.5, score_threshold=0.1, max_output=9),
+        1, 0, 1,
+    ),
+    "nms of more than one program takes": (
+        lambda x, t, a, b: nms(a.repeat(60, 1), x[:, 0].repeat(60), 0.5), 2, 0, 1,
+    ),
+    "batched_nms of more": (
+        lambda x, t, a, b: batched_nms(a.repeat(60, 1), x[:, 0].repeat(60), t.repeat(60), 0.5),
         2, 0, 1,
+    ),
+    "nms_padded": (lambda x, t, a, b: nms_padded(a[None], x[None, :, 0], 0.5, max_output=9)[0],
+        1, 0, 0,
+    ),
+    "nms_padded with classes": (
+        lambda x, t, a, b: nms_padded(
+            a[None].double(), x[None, :, 0].double(), 0.5, idxs=t[None], valid=t[:1], max_output=9,
+            score_threshold=0.1,
+        )[0],
+        2, 0, 0,
+    ),
+    "soft_nms": (lambda x, t, a, b: soft_nms(a, x[:, 0], idxs=t)[0], 1, 0, 1),
+    "soft_nms_padded": (
+        lambda x, t, a, b: soft_nms_padded(
+            a[None], x[None, :, 0], idxs=t[None], valid=t[:1], max_output=9
+        )[0],
+        1, 0, 0,
     ),
 }  # fmt: skip
 
@@ -253,11 +326,27 @@ def test_traffic_of_box_iou(kernel: torch.device) -> None:
     assert got.stored == n * m * 4
     # Tiles of 16 x 128 read their boxes again: 16 bytes for every 128 and every 16 pairs.
     assert got.loaded == n * m * 16 // 128 + n * m * 16 // 16
-    iou = box_iou(a, b)
-    back = metered(kernel, lambda: iou.sum().backward())
-    assert back.launches == 1
     least = 16 * (n + m)  # and an expanded gradient is one value
-    assert least <= back.loaded_sectors * 32 <= least + 32
+    for iou in (box_iou(a, b), complete_box_iou(a, b)):
+        back = metered(kernel, iou.sum().backward)
+        assert back.launches == 1
+        assert least <= back.loaded_sectors * 32 <= least + 32
+
+
+def test_traffic_of_the_box_losses(kernel: torch.device) -> None:
+    n = 600
+    a, b = boxes(n).requires_grad_(), boxes(n)
+    each = metered(kernel, lambda: complete_box_iou_loss(a, b))
+    assert (each.loaded, each.stored) == (n * 32, n * 4)
+    total = metered(kernel, lambda: complete_box_iou_loss(a, b, "mean"))
+    programs = -(-n // 256)
+    assert total.loaded == n * 32 + programs * 4
+    assert total.stored == programs * 4 + 4 + 4  # the programs' sums, the counter, the loss
+    loss = complete_box_iou_loss(a, b, "mean")
+    back = metered(kernel, lambda: loss.backward())
+    assert back.launches == 1
+    assert back.loaded == n * 32 + 4 * -(-n // 128)  # the incoming gradient once a program
+    assert back.stored == n * 16
 
 
 def test_traffic_of_box_match(kernel: torch.device) -> None:
@@ -281,14 +370,32 @@ def test_traffic_of_box_match(kernel: torch.device) -> None:
 
 
 def test_traffic_of_nms(kernel: torch.device) -> None:
-    n = 256
+    n = 1024
     a, scores = boxes(n), torch.rand(n)
-    got = metered(kernel, lambda: nms(a, scores, 0.5))
-    assert got.kernels == ["nms_mask_kernel", "nms_resolve_kernel"]
+    small = metered(kernel, lambda: nms(a, scores, 0.5))
+    assert small.kernels == ["nms_small_kernel"]
+    # Scores and boxes once; the sorted list and what is kept of it; the indices and their count.
+    kept = len(nms(a, scores, 0.5))
+    assert small.loaded_sectors * 32 <= 4 * n + 16 * n + 8 * n + 64
+    assert small.stored == 8 * n + 8 * kept + 8 * n + 4
+    tiers = sys.modules[nms.__module__]
+    bands = metered(kernel, lambda: tiers._launch(a, scores, None, 0.5, 0, None, None, "bands"))
+    assert bands.kernels == ["nms_mask_kernel", "nms_resolve_kernel"]
     words = n // 32
-    # The bitmask once each way, in rows padded to a block; boxes, flags and packed words.
-    assert got.stored == words * 512 * 4 + n + words * 4
-    assert 0 < got.stored_sectors * 32 <= words * 512 * 4 + n + words * 4 + 64
+    # The bitmask once each way; flags, packed words, the list of the kept and their number.
+    stored = words * n * 4 + n + words * 4 + 4 * kept + 4
+    assert bands.stored == stored
+    assert bands.loaded_sectors * 32 <= words * n * 4 + 16 * n + n + words * 4 + 64
+
+
+def test_traffic_of_soft_nms(kernel: torch.device) -> None:
+    n = 500
+    a, scores = boxes(n), torch.rand(n) + 0.1
+    got = metered(kernel, lambda: soft_nms(a, scores, max_output=100))
+    # Boxes and scores once; then a box for each selection, from a cache.
+    assert got.loaded_sectors * 32 <= 16 * n + 4 * n + 64
+    assert got.loaded == 16 * n + 4 * n + 100 * 16
+    assert got.stored == 100 * 4
 
 
 # ---- the house
@@ -306,7 +413,10 @@ def test_imports_only_point_down() -> None:
                     found = {alias.name.split(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom):
                     if node.level:
-                        shared = {("kernels", name) for name in ("_ghm", "_loss", "_math")}
+                        shared = {
+                            ("kernels", name) for name in ("_boxes", "_ghm", "_loss", "_math")
+                        }
+                        shared.add(("reference", "_boxes"))
                         assert (folder, node.module) in shared, file
                         continue
                     found = {str(node.module).split(".")[0]}

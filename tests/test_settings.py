@@ -22,6 +22,10 @@ from dlops_triton import (
     _settings,
     box_iou,
     box_match,
+    complete_box_iou,
+    complete_box_iou_loss,
+    generalized_box_iou,
+    generalized_box_iou_loss,
     ghmc_loss,
     ghmr_loss,
     nms,
@@ -246,6 +250,7 @@ def sound(name: str, values: dict[str, int] | Any, where: str) -> None:
 def test_the_defaults_are_sound_and_both_dtypes_have_the_same_settings() -> None:
     assert set(_settings.ALL) == {
         *("focal_sum", "focal_fwd", "focal_bwd", "scale", "iou_fwd", "iou_bwd"),
+        *("penalty_fwd", "penalty_bwd", "iou_loss_fwd", "iou_loss_bwd"),
         *("softmax_focal", "softmax_focal_long"),
         *("ghm_count_rows", "ghm_count", "ghm_loss_rows", "ghm_loss", "ghm_bwd"),
         *("nms_small", "nms_segments", "nms_mask", "nms_resolve", "nms_suppress"),
@@ -291,8 +296,12 @@ def launched(monkeypatch: pytest.MonkeyPatch, gpu: str, target: str) -> dict[str
     monkeypatch.setattr(_dispatch, "gpu", lambda device: (gpu, target))
     monkeypatch.setattr(_dispatch, "cpu_implementation", "kernel")
     monkeypatch.setattr(
-        _dispatch, "launch", lambda kernel, *_, **s: found.update({kernel.fn.__name__: s})
+        _dispatch, "launch", lambda kernel, *_, **s: found.setdefault(kernel.fn.__name__, s)
     )
+    boxes = torch.zeros(9, 4, dtype=HALF, requires_grad=True)
+    generalized_box_iou(boxes, boxes).backward(torch.zeros(9, 9, dtype=HALF))
+    found["box_penalty_fwd_kernel"] = found.pop("box_iou_fwd_kernel")  # it has settings for each
+    generalized_box_iou_loss(boxes, boxes, "sum").backward()
     x = torch.zeros(9, 5, dtype=HALF, requires_grad=True)
     sigmoid_focal_loss(x, torch.zeros(9, 5), reduction="sum").backward()
     wide = torch.zeros(9, 5, dtype=torch.bfloat16, requires_grad=True)
@@ -301,7 +310,6 @@ def launched(monkeypatch: pytest.MonkeyPatch, gpu: str, target: str) -> dict[str
         softmax_focal_loss(torch.zeros(9, classes, dtype=HALF), torch.zeros(9, dtype=torch.long))
     ghmc_loss(wide, torch.zeros(9, dtype=torch.long))
     ghmr_loss(wide, torch.zeros(9, 5), reduction="none").backward(torch.zeros(9, 5))
-    boxes = torch.zeros(9, 4, dtype=HALF, requires_grad=True)
     box_iou(boxes, boxes).backward(torch.zeros(9, 9, dtype=HALF))
     nms(torch.zeros(9, 4, dtype=HALF), torch.zeros(9), 0.5)
     for n, ids in ((_nms.ONE_BAND + 1, None), (2000, torch.zeros(2000, dtype=torch.long))):
@@ -323,11 +331,12 @@ def test_every_launch_has_its_settings(folder: Path, monkeypatch: pytest.MonkeyP
     (folder / "a.json").write_text(json.dumps(content))
     for gpu, target, factor in (("A", "sm_90", 2), ("", "", 1)):
         found = launched(monkeypatch, gpu, target)
-        assert len(found) == 22
+        assert len(found) == 26
         for name, settings in _settings.ALL.items():
             if name == "op":
                 continue
-            stem = {"focal_sum": "focal_rows"}.get(name, f"{'box_' * (name[:3] == 'iou')}{name}")
+            boxed = name in ("iou_fwd", "iou_bwd", "penalty_fwd", "penalty_bwd")
+            stem = {"focal_sum": "focal_rows"}.get(name, f"{'box_' * boxed}{name}")
             kernel = found[f"{stem}_kernel"]
             for key, value in settings.defaults[FLOAT].items():
                 assert key in ("programs", "BLOCKS") or kernel[key] == factor * value, name
@@ -358,7 +367,7 @@ def test_the_compile_gate_compiles_with_the_settings_of_its_target() -> None:
 
 # --- answers ----------------------------------------------------------------------------------
 
-# Without iou_bwd, whose sums may be rounded otherwise.
+# Without iou_bwd and penalty_bwd, whose sums may be rounded otherwise.
 OTHER = {
     "focal_fwd": {"BLOCK": 64, "num_warps": 1},
     "focal_bwd": {"BLOCK": 128, "num_warps": 1},
@@ -366,6 +375,9 @@ OTHER = {
     "iou_fwd": {"BLOCK_N": 4, "BLOCK_M": 16, "num_warps": 1},
     "match": {"BLOCK_N": 16, "BLOCK_M": 8, "num_warps": 2},
     "match_low_quality": {"BLOCK_N": 64, "BLOCK_M": 2, "num_warps": 2},
+    "penalty_fwd": {"BLOCK_N": 4, "BLOCK_M": 16, "num_warps": 1},
+    "iou_loss_fwd": {"BLOCK": 16, "num_warps": 1},
+    "iou_loss_bwd": {"BLOCK": 32, "num_warps": 2},
     "nms_mask": {"BLOCK": 32, "ROWS": 8, "num_warps": 1},
     "nms_resolve": {"WORDS": 2, "num_warps": 1},
     "nms_suppress": {"BLOCK": 64, "ROWS": 16, "SHARE": 8, "num_warps": 1},
@@ -397,8 +409,12 @@ def test_answers_do_not_hang_on_the_settings(
             for ids in (None, labels.repeat(5)[:150])
             if ids is None or tier != "bands"
         ]
-        exact = box_iou(b[:40], b), *box_match(b, b[:40] + 2), *kept, *soft_nms(b, scores)
-        return [loss, dx, total, slope, *exact]
+        other = b.roll(1, 0).requires_grad_()
+        apart = complete_box_iou_loss(b, other)
+        (pull,) = torch.autograd.grad(apart.sum(), other)
+        pairs = [box_iou(b[:40], b), complete_box_iou(b[:40], b), apart, pull]
+        pairs += box_match(b, b[:40] + 2)
+        return [loss, dx, total, slope, *pairs, *kept, *soft_nms(b, scores)]
 
     with override("nms_mask", BLOCK=64):
         want = answers()
