@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _autograd, _checks, _dispatch
 from ._settings import Settings
-from .kernels.iou import box_iou_bwd_kernel, box_iou_fwd_kernel, box_penalty_bwd_kernel
+from .kernels.iou import box_iou_bwd_kernel, box_iou_fwd_kernel, box_iou_penalty_bwd_kernel
 from .reference import iou as reference
 
 PLAIN = ("iou", "iof")  # the kinds without a penalty: the modes of box_iou
@@ -23,7 +23,7 @@ FWD = Settings(
 )
 # With a penalty, whose hull and angles take twice the registers.
 PENALTY_FWD = Settings(
-    "penalty_fwd",
+    "iou_penalty_fwd",
     fp32={"BLOCK_N": 16, "BLOCK_M": 64, "num_warps": 4},
     fp64={"BLOCK_N": 8, "BLOCK_M": 64, "num_warps": 4},
 )
@@ -34,7 +34,7 @@ BWD = Settings(
     fp64={"BLOCK_N": 8, "BLOCK_M": 32, "num_warps": 4, "programs": 512},
 )
 PENALTY_BWD = Settings(
-    "penalty_bwd",
+    "iou_penalty_bwd",
     fp32={"BLOCK_N": 16, "BLOCK_M": 32, "num_warps": 4, "programs": 512},
     fp64={"BLOCK_N": 8, "BLOCK_M": 32, "num_warps": 4, "programs": 512},
 )
@@ -276,7 +276,7 @@ def _launch_bwd(
     splits = triton.cdiv(blocks, per_split)
     dtype = _dispatch.compute_dtype(own.dtype)
     partial = own.new_empty((splits, *own.shape), dtype=dtype)
-    kernel, options = box_penalty_bwd_kernel, {"KIND": kind, "EPS": eps}
+    kernel, options = box_iou_penalty_bwd_kernel, {"KIND": kind, "EPS": eps}
     if kind in PLAIN:
         kernel, options = box_iou_bwd_kernel, {"IOF": kind == "iof", "OWN_IS_FIRST": own_is_first}
     _dispatch.launch(

@@ -179,7 +179,7 @@ def box_iou_bwd_kernel(
 
 
 @triton.jit
-def box_penalty_bwd_kernel(
+def box_iou_penalty_bwd_kernel(
     own_ptr,  # [B, N, 4]: the side whose gradient this is
     other_ptr,  # [B, M, 4]
     grad_ptr,  # gradient of the value, read through its strides

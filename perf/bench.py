@@ -90,7 +90,8 @@ class Bench:
     # Launch settings by name, each with the values that the tuner tries in all combinations.
     settings: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     kernels: Mapping[str, Work] = field(default_factory=dict)
-    torch_kernels: int = 0  # launched by torch's own operations in a call, about
+    # Launched by torch's own operations in a call, about.
+    torch_kernels: Callable[[Sizes], int] = lambda sizes: 0
     leaves: tuple[str, ...] = ()  # inputs that get a gradient; "grad" is that of the output
     exact: bool = False  # outputs must be equal, not close
     # The right answer by construction, where the formula or the reference takes too long or too

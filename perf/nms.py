@@ -15,22 +15,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dlops_triton import batched_nms, nms
+from dlops_triton import _nms, _settings, batched_nms, nms
 from dlops_triton.reference import nms as reference
 
 from .bench import AbsentError, Arrays, Bench, Case, Inputs, Sizes, Work, optional
 
 THRESHOLD = 0.5
 _SIDE, _JITTER, _PITCH, _STEP = 64, 4, 96, 16
-MODULE: Any = sys.modules[nms.__module__]  # the package's attribute of that name is the op
 _EAGER_LIMIT = 20_000  # boxes; the eager formula holds several fp32 matrices, N x N each
 
 
@@ -135,56 +133,86 @@ def _case(
     return Case(name, sizes, small, dtypes=("fp32",), modes=("fwd",), option=option)
 
 
-# The pairs that the kernels look at. In a band every block of boxes meets itself and the earlier
-# ones; then the band's kept boxes meet all later ones, 32 at a time where any of 32 is kept.
+# The pairs that the kernels look at. A program of the first tier compares each of its blocks with
+# the list of kept boxes and, all of its lanes, with each box of the block. In a band every block
+# meets itself and the earlier ones; then the band's kept boxes meet all later ones.
 
 
-def _block() -> int:
-    block: int = MODULE.MASK.on(torch.empty(0))["BLOCK"]
+def _block(setting: str) -> int:
+    block: int = _settings.ALL[setting].on(torch.empty(0))["BLOCK"]
     return block
+
+
+def _of_programs(setting: str) -> Callable[[Sizes], float]:
+    def pairs(sizes: Sizes) -> float:
+        n, kept, classes = sizes["n"], sizes["kept"], sizes.get("classes", 1)
+        return _block(setting) * n + kept / classes * n / 2
+
+    return pairs
 
 
 def _bands(sizes: Sizes) -> list[tuple[int, int]]:
     """Start and end of each."""
-    n, band = sizes["n"], MODULE.BAND
+    n, band = sizes["n"], _nms.band(sizes["n"])
     return [(start, min(start + band, n)) for start in range(0, n, band)]
 
 
 def _near(sizes: Sizes) -> float:
-    blocks = (math.ceil((end - start) / _block()) for start, end in _bands(sizes))
-    return _block() ** 2 * sum(b * (b + 1) / 2 for b in blocks)
+    blocks = (math.ceil((end - start) / _block("nms_mask")) for start, end in _bands(sizes))
+    return _block("nms_mask") ** 2 * sum(b * (b + 1) / 2 for b in blocks)
 
 
 def _far(sizes: Sizes) -> float:
-    occupied = 1 - (1 - sizes["kept"] / sizes["n"]) ** 32
-    return sum((end - start) * occupied * (sizes["n"] - end) for start, end in _bands(sizes))
+    share = sizes["kept"] / sizes["n"]
+    return sum(share * (end - start) * (sizes["n"] - end) for start, end in _bands(sizes))
+
+
+def _torch_kernels(sizes: Sizes) -> int:
+    """Sorting and gathering, by classes once more, and selecting."""
+    if sizes["n"] <= _nms.SORTED_BY_ONE[1]:
+        return 1
+    return 18 if "classes" in sizes else 12
 
 
 @contextlib.contextmanager
 def _shrunk() -> Iterator[None]:
-    """Small cases go through as many bands as the cases they stand for."""
-    band, MODULE.BAND = MODULE.BAND, _block()
-    try:
+    """Small cases take the tiers of the cases they stand for, in bands of the least size."""
+    with (
+        mock.patch.object(_nms, "ONE_BAND", 2048),
+        mock.patch.object(_nms, "MASK_BYTES", 1),
+        mock.patch.object(_nms, "LARGEST_SEGMENT", 10**9),
+    ):
         yield
-    finally:
-        MODULE.BAND = band
 
+
+def _tile(constants: Mapping[str, int]) -> int:
+    return constants["ROWS"] * constants["BLOCK"]
+
+
+_SWEPT = ((1_000, 520), (10_000, 1_040), (100_000, 3_136), (1_000_000, 3_136))
 
 BENCH = Bench(
     name="nms",
     cases=(
-        _case("1k-keep-100", 1_000, 100, 500),
-        _case("10k-keep-1k", 10_000, 1_000, 496),
+        _case("1k-keep-100", 1_000, 100, 520),
+        _case("10k-keep-1k", 10_000, 1_000, 1_040),
         _case("100k-keep-10k", 100_000, 10_000, 3_136),
-        _case("20k-80-classes-keep-2k", 20_000, 2_000, 640, classes=80),
+        _case("20k-80-classes-keep-2k", 20_000, 2_000, 1_280, classes=80),
+        _case("lvis-20k-1203-classes", 20_000, 6_000, 1_280, classes=1_203),
+        _case("8x80x1000-keep-128k", 640_000, 128_000, 2_560, classes=640),
     ),
-    small=(_case("128-keep-16", 128, 16, 96), _case("512-keep-64", 512, 64, 256)),
+    small=(_case("128-keep-16", 128, 16, 96), _case("512-keep-64", 512, 64, 272)),
     sweep=(
-        *(_case(f"{n}-keep-tenth", n, n // 10, 496) for n in (2_000, 4_000, 16_000)),
+        *(
+            _case(f"{n}-keep-{n * percent // 100}", n, n * percent // 100, small)
+            for n, small in _SWEPT
+            for percent in (1, 30, 100)
+        ),
+        *(_case(f"{n}-keep-tenth", n, n // 10, 1_040) for n in (2_000, 4_000, 16_000)),
         *(_case(f"{n}-keep-tenth", n, n // 10, 3_136) for n in (64_000, 256_000, 1_000_000)),
-        _case("10k-keep-100", 10_000, 100, 496),
-        _case("10k-keep-10k", 10_000, 10_000, 496),
-        _case("10k-staircase", 10_000, 5_000, 496, option="staircase"),
+        _case("1k-staircase", 1_000, 500, 520, option="staircase"),
+        _case("10k-staircase", 10_000, 5_000, 1_040, option="staircase"),
+        _case("100k-staircase", 100_000, 50_000, 3_136, option="staircase"),
     ),
     make=make,
     providers={"ours": _ours, "eager": _eager, "compile": _compile, "torchvision": _torchvision},
@@ -192,27 +220,35 @@ BENCH = Bench(
     bytes=_bytes,
     operations=_operations,
     settings={
+        "nms_small": {"BLOCK": (128, 256, 512), "ROWS": (2, 4, 8), "num_warps": (4, 8)},
+        "nms_segments": {
+            "BLOCK": (128, 256, 512),
+            "ROWS": (4, 8),
+            "CHUNK": (32, 64, 128),
+            "num_warps": (2, 4),
+        },
         "nms_mask": {"BLOCK": (256, 512, 1024), "ROWS": (2, 4, 8), "num_warps": (4, 8)},
-        "nms_resolve": {"WORDS": (8, 16, 32), "num_warps": (4, 8, 16)},
+        "nms_resolve": {"WORDS": (8, 16, 32), "num_warps": (8, 16)},
         "nms_suppress": {
             "BLOCK": (256, 512),
             "ROWS": (2, 4, 8),
-            "WORDS": (16, 64),
+            "SHARE": (256, 1024),
             "num_warps": (4, 8),
         },
     },
     kernels={
-        "nms_mask_kernel": Work(elements=_near, block=lambda k: k["ROWS"] * k["BLOCK"], loop=True),
+        "nms_small_kernel": Work(elements=_of_programs("nms_small"), block=_tile, loop=True),
+        "nms_segments_kernel": Work(elements=_of_programs("nms_segments"), block=_tile, loop=True),
+        "nms_list_kernel": Work(elements=lambda s: s["n"], block=lambda k: k["BLOCK"]),
+        "nms_mask_kernel": Work(elements=_near, block=_tile, loop=True),
         "nms_resolve_kernel": Work(  # an element is a word of 32 pairs
             elements=lambda s: _near(s) / 32,
             block=lambda k: k["WORDS"] * k["BLOCK"],
             loop=True,
         ),
-        "nms_suppress_kernel": Work(
-            elements=_far, block=lambda k: k["ROWS"] * k["BLOCK"], loop=True
-        ),
+        "nms_suppress_kernel": Work(elements=_far, block=_tile, loop=True),
     },
-    torch_kernels=12,  # sorting, gathering, selecting
+    torch_kernels=_torch_kernels,
     exact=True,
     known=_known,
     capturable=False,

@@ -12,10 +12,16 @@ from dlops_triton import (
     _ghm_table,
     batched_nms,
     box_iou,
+    box_match,
+    complete_box_iou,
+    complete_box_iou_loss,
     ghmc_loss,
     ghmr_loss,
     nms,
+    nms_padded,
     sigmoid_focal_loss,
+    soft_nms,
+    soft_nms_padded,
     softmax_focal_loss,
 )
 
@@ -73,12 +79,25 @@ def calls(device: torch.device) -> None:
         b = boxes(2, 71, dtype=dtype).requires_grad_()
         iou = box_iou(a, b)
         iou.backward(random(*iou.shape, dtype=dtype))
+        ciou = complete_box_iou(a, b)
+        ciou.backward(random(*ciou.shape, dtype=dtype))
+        near = a.detach().roll(1, 1).requires_grad_()
+        each = complete_box_iou_loss(a, near)
+        each.backward(random(*each.shape, dtype=dtype))
+        complete_box_iou_loss(a, near, "mean").backward()
+        box_match(a, b, gt_valid=random(2, 71) > 0.1)
 
-    n = 1301  # boxes, which are several bands of a shrunk NMS
+    n = 2501  # boxes, which are several bands of a shrunk NMS
     classes = torch.randint(0, 3, (n,), generator=g).to(device)
     with load("nms").shrunk():
         nms(boxes(n), random(n), 0.5, score_threshold=0.1)
+        nms(boxes(701), random(701), 0.5)
         batched_nms(boxes(n, dtype=torch.float16), random(n), classes, 0.5)
+        nms_padded(
+            boxes(2, 133), random(2, 133), 0.5, idxs=classes[:266].view(2, 133), max_output=9
+        )
+    soft_nms(boxes(n), random(n), max_output=50)
+    soft_nms_padded(boxes(2, 133), random(2, 133), idxs=classes[:266].view(2, 133), max_output=9)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def predict(row: Row, bench: Bench, records: Sequence[Any], gpu: Gpu) -> Row:
             seconds, limit = model.seconds(gpu, launch)
             parts.append((seconds, limit))
             kernels.append(code | {"us": round(seconds * 1e6, 3), "limit": limit})
-    seconds, limit = model.call(parts, row["launches"] + bench.torch_kernels)
+    seconds, limit = model.call(parts, row["launches"] + bench.torch_kernels(row["sizes"]))
     dropped = ("programs", "small_launches", "small_elements")
     return {k: v for k, v in row.items() if k not in dropped} | {
         "gpu": gpu.name,

@@ -36,8 +36,17 @@ WORK = bench.jobs([bench.load(op) for op in OPS], bench.DTYPES, "full")
 
 LEFT_OUT = "torch.compile takes no loop whose length depends on data"
 
+WAITING = ("nms", "soft_nms")  # for the size of their result
+
 # How many times our time a peer takes.
-_SLOWER = {"ours": 1.0, "eager": 9.0, "compile": 1.8, "torchvision": 6.0, "mmdet": 20.0}
+_SLOWER = {
+    "ours": 1.0,
+    "eager": 9.0,
+    "compile": 1.8,
+    "torchvision": 6.0,
+    "mmdet": 20.0,
+    "numpy": 90.0,
+}
 
 
 def probe(**columns: Any) -> Row:
@@ -57,7 +66,7 @@ def measured(losing: Sequence[str] = ("staircase",), **columns: Any) -> list[Row
                 **PROVENANCE,
                 "provider": provider,
             }
-            if known.name == "nms" and provider == "compile":
+            if known.name in WAITING and provider == "compile":
                 row["left_out"] = LEFT_OUT
             elif known.name == "nms" and provider == "eager" and case.sizes["n"] > 20_000:
                 row["left_out"] = "its N x N matrices are made for at most 20000 boxes"
@@ -75,7 +84,7 @@ def predicted(**columns: Any) -> list[Row]:
     for known, case, dtype, mode in WORK:
         row = _work_row(known, case, dtype, mode)
         bytes_us, work_us = row["bytes"] * 1.05 / 4.3e6, row["operations"] * 1.7 / 33e6
-        launches = 12 if known.name == "nms" else 1 + mode.count("+")
+        launches = 12 if known.name in WAITING else 1 + mode.count("+")
         times = {"bytes": bytes_us, "instructions": work_us, "launches": 2.5 * launches}
         limit = max(times, key=lambda name: times[name])
         small = known.bytes(case.shrunk(), mode, bench.DTYPES[dtype].itemsize)
@@ -122,8 +131,10 @@ def _work_row(known: Bench, case: Case, dtype: str, mode: str) -> Row:
 def _times(row: Row, provider: str, factor: float) -> Row:
     least = max(row["bytes"] / 4.2e6, row["operations"] / 28e6)
     device = (1.25 * least + 3) * factor
-    launches = {"ours": 2, "eager": 14, "compile": 3, "torchvision": 9, "mmdet": 60}[provider]
-    waits = row["op"] == "nms"
+    launches = {"ours": 2, "eager": 14, "compile": 3, "torchvision": 9, "mmdet": 60}.get(
+        provider, 1
+    )
+    waits = row["op"] in WAITING
     clocks = {"device": device, "warm": 0.8 * device + 0.5, "eager": device + 7 + 3 * launches}
     times = {
         f"{clock}_{name}_us": round(time * spread, 3)

@@ -28,7 +28,7 @@ KERNELS = {
     "nms_list_kernel",
     "match_kernel",
     "match_low_quality_kernel",
-    "box_penalty_bwd_kernel",
+    "box_iou_penalty_bwd_kernel",
     "iou_loss_fwd_kernel",
     "iou_loss_bwd_kernel",
     "nms_mask_kernel",

@@ -231,7 +231,7 @@ def test_gradients_over_several_blocks_and_splits(
     a = boxes(rng, 20).to(kernel).requires_grad_()
     b = boxes(rng, 150).to(kernel).requires_grad_()
     g = torch.from_numpy(rng.normal(size=(20, 150))).to(kernel)
-    with _settings.override("penalty_bwd", programs=programs) as used:
+    with _settings.override("iou_penalty_bwd", programs=programs) as used:
         complete_box_iou(a, b).backward(g)
     assert used.launches == 2
     want = reference.box_penalized_grad(numpy(a), numpy(b), numpy(g), "ciou", eps=1e-7)

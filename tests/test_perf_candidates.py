@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 import pkgutil
-import sys
 from typing import Any
 
 import pytest
 
-import dlops_triton
-from dlops_triton import _dispatch, _settings, kernels
+from dlops_triton import _dispatch, _nms, _settings, kernels
 
 pytest.importorskip("tqdm", reason="perf needs the extra 'perf'")
 
 from dlops_triton.perf import OPS, bench, candidates, gpus
 from tests.tools import compile_gate
-
-NMS: Any = sys.modules[dlops_triton.nms.__module__]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -38,8 +34,8 @@ def test_what_is_tried_can_be_launched(op: str) -> None:
             _settings.ALL[task.setting].check(values)
             assert all(v & (v - 1) == 0 for v in values.values())
             assert 32 % values.get("ROWS", 1) == 0
-            if op == "nms":
-                assert NMS.BAND % values.get("BLOCK", 1) == 0
+            if task.setting == "nms_mask":
+                assert all(_nms.band(n) % values["BLOCK"] == 0 for n in (30_000, 10**6))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -60,8 +56,10 @@ def test_each_candidate_is_launched_to_be_compiled(
             note = " (at present)" if values == present else ""
             launches.clear()
             cases[f"{task}: {candidates.words(values)}{note}"]()
-            stem = task.setting.replace("iou", "box_iou").replace("focal_sum", "focal_rows")
-            kernel = f"{stem}_kernel"
+            stem = {"focal_sum": "focal_rows", "iou_penalty_fwd": "iou_fwd"}.get(
+                task.setting, task.setting
+            )
+            kernel = f"{'box_' * (op == 'iou')}{stem}_kernel"
             assert any(
                 name == kernel and all(s.get(k, v) == v for k, v in values.items())
                 for name, s in launches

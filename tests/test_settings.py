@@ -250,7 +250,7 @@ def sound(name: str, values: dict[str, int] | Any, where: str) -> None:
 def test_the_defaults_are_sound_and_both_dtypes_have_the_same_settings() -> None:
     assert set(_settings.ALL) == {
         *("focal_sum", "focal_fwd", "focal_bwd", "scale", "iou_fwd", "iou_bwd"),
-        *("penalty_fwd", "penalty_bwd", "iou_loss_fwd", "iou_loss_bwd"),
+        *("iou_penalty_fwd", "iou_penalty_bwd", "iou_loss_fwd", "iou_loss_bwd"),
         *("softmax_focal", "softmax_focal_long"),
         *("ghm_count_rows", "ghm_count", "ghm_loss_rows", "ghm_loss", "ghm_bwd"),
         *("nms_small", "nms_segments", "nms_mask", "nms_resolve", "nms_suppress"),
@@ -300,7 +300,9 @@ def launched(monkeypatch: pytest.MonkeyPatch, gpu: str, target: str) -> dict[str
     )
     boxes = torch.zeros(9, 4, dtype=HALF, requires_grad=True)
     generalized_box_iou(boxes, boxes).backward(torch.zeros(9, 9, dtype=HALF))
-    found["box_penalty_fwd_kernel"] = found.pop("box_iou_fwd_kernel")  # it has settings for each
+    found["box_iou_penalty_fwd_kernel"] = found.pop(
+        "box_iou_fwd_kernel"
+    )  # it has settings for each
     generalized_box_iou_loss(boxes, boxes, "sum").backward()
     x = torch.zeros(9, 5, dtype=HALF, requires_grad=True)
     sigmoid_focal_loss(x, torch.zeros(9, 5), reduction="sum").backward()
@@ -335,7 +337,7 @@ def test_every_launch_has_its_settings(folder: Path, monkeypatch: pytest.MonkeyP
         for name, settings in _settings.ALL.items():
             if name == "op":
                 continue
-            boxed = name in ("iou_fwd", "iou_bwd", "penalty_fwd", "penalty_bwd")
+            boxed = name.startswith("iou") and "loss" not in name
             stem = {"focal_sum": "focal_rows"}.get(name, f"{'box_' * boxed}{name}")
             kernel = found[f"{stem}_kernel"]
             for key, value in settings.defaults[FLOAT].items():
@@ -375,7 +377,7 @@ OTHER = {
     "iou_fwd": {"BLOCK_N": 4, "BLOCK_M": 16, "num_warps": 1},
     "match": {"BLOCK_N": 16, "BLOCK_M": 8, "num_warps": 2},
     "match_low_quality": {"BLOCK_N": 64, "BLOCK_M": 2, "num_warps": 2},
-    "penalty_fwd": {"BLOCK_N": 4, "BLOCK_M": 16, "num_warps": 1},
+    "iou_penalty_fwd": {"BLOCK_N": 4, "BLOCK_M": 16, "num_warps": 1},
     "iou_loss_fwd": {"BLOCK": 16, "num_warps": 1},
     "iou_loss_bwd": {"BLOCK": 32, "num_warps": 2},
     "nms_mask": {"BLOCK": 32, "ROWS": 8, "num_warps": 1},
