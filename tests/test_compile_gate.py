@@ -63,7 +63,7 @@ def test_deciding_arithmetic_is_ieee(gate: list[Record]) -> None:
         if record.kernel in EXACT and not penalized and record.target.startswith("sm_"):
             division = set(re.findall(r"\bdiv\.[a-z.]+f(?:32|64)\b", record.ptx))
             fused = re.findall(r"\bfma\.rn\.f\S*", record.ptx)
-            if record.kernel in COMPARING and set(fused) == {"fma.rn.f32"}:
+            if record.kernel in COMPARING and fused and "fma.rn.f64" not in fused:
                 assert not division, f"{record}: {division}"
                 assert len(fused) % 2 == 0, str(record)
             else:
