@@ -55,6 +55,8 @@ def images(name: str, value: object) -> None:
 
 def detections(boxes: Tensor, scores: object, idxs: object = None, valid: object = None) -> None:
     """A score and perhaps a class per box, and perhaps a number of boxes per image."""
+    if boxes.shape[-2] >= 2**31:
+        raise ValueError(f"boxes must be fewer than 2**31, got {boxes.shape[-2]}")
     of_box, of_image = tuple(boxes.shape[:-1]), tuple(boxes.shape[:-2])
     for name, value, shape, accepted, per in (
         ("scores", scores, of_box, FLOATS, "box"),

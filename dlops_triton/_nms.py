@@ -110,7 +110,8 @@ class Sorted(NamedTuple):
 
 def by_score(scores: Tensor, valid: Tensor | None, score_threshold: float | None) -> Sorted:
     """Sort each image. What takes no part comes last."""
-    scores = scores.to(_dispatch.compute_dtype(scores.dtype))
+    # What torch makes of it keeps its layout, on which the kernels rely.
+    scores = scores.to(_dispatch.compute_dtype(scores.dtype)).contiguous()
     last = scores != scores
     if valid is not None:
         last |= torch.arange(scores.shape[1], device=scores.device) >= valid[:, None]
@@ -143,7 +144,7 @@ def segments(
     if idxs is None:
         order = order.clone()  # to be overwritten
     else:
-        ids, place = torch.sort(idxs.gather(1, order), stable=True)
+        ids, place = torch.sort(idxs.contiguous().gather(1, order), stable=True)
         order = order.gather(1, place)
         alive = None if alive is None else alive.gather(1, place)
     settings = SEGMENTS.on(boxes)

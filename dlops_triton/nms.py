@@ -127,8 +127,7 @@ def nms_padded(
     """
     _checks.images("boxes", boxes)
     _checks.detections(boxes, scores, idxs, valid)
-    if max_output is None:
-        raise TypeError("max_output must be an integer of at least 0, got None")
+    _checks.integer("max_output", max_output, 0, 2**31 - 1, "an integer in [0, 2**31)")
     options = _options(scores, iou_threshold, offset, score_threshold, max_output)
     padded: tuple[Tensor, Tensor] = _padded_op(
         boxes.detach(), scores.detach(), idxs, valid, *options

@@ -123,7 +123,7 @@ def soft_nms_padded(
     _checks.images("boxes", boxes)
     _checks.detections(boxes, scores, idxs, valid)
     options = _options(iou_threshold, sigma, score_threshold, method, offset)
-    _checks.integer("max_output", max_output, 0, 2**63 - 1, "an integer of at least 0")
+    _checks.integer("max_output", max_output, 0, 2**31 - 1, "an integer in [0, 2**31)")
     padded: tuple[Tensor, Tensor, Tensor] = _padded_op(
         boxes.detach(), scores.detach(), idxs, valid, *options, max_output
     )
@@ -154,7 +154,8 @@ def _run(
     settings = dict(SOFT.on(boxes))
     size = min(settings["SIZE"], max(32, triton.next_power_of_2(n)))
     lowest = float(np.float32(np.clip(score_threshold, 0, np.finfo(np.float32).max)))
-    state = scores.to(_dispatch.compute_dtype(scores.dtype))
+    # What torch makes of it keeps its layout, on which the kernel relies.
+    state = scores.to(_dispatch.compute_dtype(scores.dtype)).contiguous()
     state = state.clamp(max=torch.finfo(state.dtype).max)  # infinity times 0 would be NaN
     takes_part = state > lowest
     if valid is not None:
@@ -163,7 +164,7 @@ def _run(
     ids = order = None
     programs = images
     if idxs is not None:
-        ids, order = torch.sort(idxs, stable=True)
+        ids, order = torch.sort(idxs.contiguous(), stable=True)
         order = order.int()
         programs = images * triton.cdiv(n, settings["CHUNK"])
     _dispatch.launch(

@@ -5,7 +5,7 @@ U = A_j + A_i - I,  but without its division. Let h be half a unit in the last p
 quotient of two numbers of 24 bits is a number of 25, so fl(I / U) > t means I - t U > h U. Where
 the two are near each other, both are multiples of ulp(t) ulp(U) / 2 of at most 25 bits, so two
 fused multiply-adds give the sign of  (I - t U) - h U  without error, if nothing underflows. Where
-it could, in a block with boxes smaller than about 1e-30 or for t near 0, powers of two keep it up.
+it could, in a block with areas below 2^-100 / t or for t < 2^-100, powers of two keep it up.
 fp64 boxes are few and divide.
 
 I > 0 needs two boxes of positive sides, and then U >= I in rounded arithmetic too. So the sign of
@@ -40,7 +40,8 @@ def decision(threshold):
 
     Returns t and h; the area below which a box is tiny; and the sums of areas below which a tiny
     box has its I, and its U, scaled up by 2^100. For t < 2^-100 every box is tiny, t and h are
-    scaled instead of U. If t is subnormal, its lowest bit set, a quotient half way is rounded up.
+    scaled instead of U; every box, that is, but those of area 0, inf or NaN, which decide nothing.
+    If t is subnormal, its lowest bit set, a quotient half way is rounded up.
     """
     bits = threshold.to(tl.int32, bitcast=True)
     exponent = bits >> 23

@@ -122,7 +122,7 @@ def nms_small_kernel(
     lane = tl.arange(0, SIZE)
     size = n
     if valid_ptr is not None:
-        size = tl.minimum(tl.load(valid_ptr + image), n).to(tl.int32)
+        size = tl.maximum(tl.minimum(tl.load(valid_ptr + image), n), 0).to(tl.int32)
     takes_part = lane < size
     score = tl.load(scores_ptr + image * n + lane, mask=takes_part, other=0).to(tl.float32)
     if score_threshold is not None:

@@ -48,8 +48,10 @@ def _decayed(
             return score * tl.exp2(iou * iou * (-1.4426950408889634 / SIGMA))
     else:
         iou = div_rn(inter, union)
-        decayed = score * (1 - iou) if METHOD == "linear" else score * 0
-        return tl.where(iou > threshold, decayed, score)
+        if METHOD == "linear":
+            return tl.fma(tl.where(iou > threshold, -iou, 0.0), score, score)
+        else:
+            return tl.where(iou > threshold, 0.0, score)
 
 
 @triton.jit
@@ -114,6 +116,8 @@ def _soften(
             METHOD, SIGMA, OFFSET, SIZE,
         )  # fmt: skip
         swept = picked
+        # A selection writes what a thread of the sweep may have written.
+        tl.debug_barrier()
         index = at
         if order_ptr is not None:
             index = tl.load(order_ptr + at, mask=at < n, other=0)

@@ -296,6 +296,15 @@ def box(**change: Any) -> dict[str, Any]:
         (box(offset=2), ValueError, "offset must be one of 0, 1, got 2"),
         (box(score_threshold=math.inf), ValueError, "score_threshold must be finite, got inf"),
         (box(offset=torch.tensor(1)), ValueError, "offset must be one of 0, 1, got tensor"),
+        (
+            box(
+                boxes=torch.zeros(2**31, 4, device="meta"),
+                scores=torch.zeros(2**31, device="meta"),
+                idxs=torch.zeros(2**31, device="meta", dtype=torch.int32),
+            ),
+            ValueError,
+            "boxes must be fewer than .*got 2147483648",
+        ),
         (box(max_output=2**70), ValueError, "max_output must be None or .*got 11805916"),
         (box(max_output=-1), ValueError, "max_output must be None or .*got -1"),
         (box(max_output=2.5), TypeError, "max_output must be None or .*got 2.5"),

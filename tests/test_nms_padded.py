@@ -57,7 +57,7 @@ def test_padded_is_each_image_alone(
         scores,
         0.4,
         idxs=idxs if classes else None,
-        valid=torch.tensor([50, -3, 17, 10**9], device=device),
+        valid=torch.tensor([50, 5 - 2**32, 17, 2**33], device=device),
         **options,  # type: ignore[arg-type]
     )
     check_padded(padded, want, max_output)
@@ -116,6 +116,18 @@ def test_padded_of_every_dtype(dtype: torch.dtype, device: torch.device) -> None
     wide = boxes.double() if dtype == torch.float64 else boxes.float()
     want = [greedy(wide[b].numpy(), scores[b].double().numpy(), np.zeros(60), 0.3) for b in (0, 1)]
     check_padded(nms_padded(boxes.to(device), scores.to(device), 0.3, max_output=60), want, 60)
+
+
+@pytest.mark.parametrize("tier", PADDED_TIERS)
+def test_padded_of_images_that_lie_side_by_side(tier: str) -> None:
+    """[N, B] in memory: whatever torch makes of the scores keeps that order."""
+    boxes, scores, idxs = (x.to(KERNEL) for x in padded_problem(30, 3, 60))
+    beside = [x.mT.contiguous().mT for x in (scores, idxs)]
+    for ids in (None, idxs) if tier != "bands" else (None,):
+        options = (None, 0.4, 0, None, 60, tier)
+        want = module._launch_padded(boxes, scores, ids, *options)
+        got = module._launch_padded(boxes, beside[0], None if ids is None else beside[1], *options)
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("dims", [(0, 0, 0), (1, 2, 0), (2, 0, None)])

@@ -229,6 +229,23 @@ def test_order_of_programs_does_not_matter(kernel: torch.device) -> None:
     assert (got[0], got[1].tolist()) == (want[0], want[1].tolist())
 
 
+def test_a_score_at_the_threshold_is_not_taken(device: torch.device) -> None:
+    """0.5 decays to 0.25 exactly, for the IoU is 1/2."""
+    boxes = np.array([[0, 0, 4, 4], [0, 0, 4, 2]], np.float32)
+    scores = np.array([0.9, 0.5], np.float32)
+    for lowest, want in ((0.25, [0]), (0.2499, [0, 1])):
+        assert run(device, boxes, scores, 0.3, 0.5, lowest, "linear")[0] == want
+
+
+def test_what_has_decayed_to_nothing_is_not_taken(kernel: torch.device) -> None:
+    boxes = np.tile(np.array([0, 0, 9, 9], np.float32), (60, 1))
+    idxs = np.arange(60) % 3
+    scores = np.linspace(1, 0.1, 60).astype(np.float32)
+    with _settings.override("soft_nms", SIZE=32):
+        got = run(kernel, boxes, scores, 0.3, 0.5, 0.0, "hard", idxs=idxs)
+    assert got[0] == [0, 1, 2]
+
+
 # ---- bad data and edges
 
 
@@ -305,6 +322,21 @@ def test_padded_is_each_image_alone(classes: bool, max_output: int, device: torc
     check_padded(padded, images, max_output)
 
 
+def test_padded_of_images_that_lie_side_by_side(kernel: torch.device) -> None:
+    """[N, B] in memory: whatever torch makes of the scores keeps that order."""
+    rng = np.random.default_rng(9)
+    sets = [random_boxes(rng, 60) for _ in range(3)]
+    boxes, scores = (torch.from_numpy(np.stack(a)).to(kernel) for a in zip(*sets, strict=True))
+    idxs = torch.from_numpy(rng.integers(0, 3, (3, 60))).to(kernel)
+    beside = [x.mT.contiguous().mT for x in (scores, idxs)]
+    for ids in (None, idxs):
+        want = soft_nms_padded(boxes, scores, idxs=ids, max_output=60)
+        got = soft_nms_padded(
+            boxes, beside[0], idxs=None if ids is None else beside[1], max_output=60
+        )
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
 def test_padded_of_nothing(device: torch.device) -> None:
     scores = torch.full((2, 5), 0.2, device=device)
     boxes = torch.rand(2, 5, 4, device=device)
@@ -370,6 +402,7 @@ def images(**change: Any) -> dict[str, Any]:
         (images(valid=torch.zeros(2)), TypeError, "valid .*got torch.float32"),
         (images(max_output=None), TypeError, "max_output must be an integer .*got None"),
         (images(max_output=-1), ValueError, "max_output must be an integer .*got -1"),
+        (images(max_output=2**31), ValueError, "max_output must be an integer in .*got 2147483648"),
     ],
 )
 def test_rejected(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
