@@ -36,6 +36,7 @@ wheel: $(if $(VENV),$(VENV)/dev.installed)
 check: test lint types wheel
 	$(MAKE) demo ARGS="--quick --out runs/quick"
 	$(MAKE) demo ARGS="--loss all --quick --steps 20 --out runs/losses"
+	$(MAKE) demo ARGS="--nms all --quick --steps 20 --out runs/nms"
 
 # OUT and COMMIT reach it as environment variables.
 gpu-check: $(if $(VENV),$(VENV)/test.installed)

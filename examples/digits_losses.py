@@ -42,7 +42,7 @@ def class_loss(name: str, device: torch.device) -> Callable[[Tensor, Tensor, Ten
         return softmax_focal_loss(logits.mT, labels, gamma=2.0, avg_factor=count)
 
     def harmonized(logits: Tensor, labels: Tensor, count: Tensor) -> Tensor:
-        return ghm(logits, labels, torch.ones_like(labels, dtype=torch.float32))
+        return ghm(logits, labels, (labels >= 0).float())
 
     return dict(zip(NAMES, (focal, bce, softmax_focal, harmonized), strict=True))[name]
 
@@ -63,8 +63,9 @@ def plot_gradients(path: Path, name: str, logits: Tensor, labels: Tensor) -> Non
     if name == "softmax-focal":  # log odds of each digit against everything else
         p = probabilities(name, logits.detach()).clamp(1e-7, 1 - 1e-7)
         logits = torch.logit(p)
-    x = logits.detach().float().flatten(0, -2).contiguous().requires_grad_()
-    labels = labels.flatten()
+    counts = labels >= 0
+    x = logits.detach().float()[counts].requires_grad_()
+    labels = labels[counts]
     pulls = {
         "cross-entropy": sigmoid_focal_loss(x, labels, None, 0, reduction="sum"),
         "focal loss": sigmoid_focal_loss(x, labels, reduction="sum"),

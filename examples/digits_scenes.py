@@ -2,7 +2,8 @@
 
 The digits are scikit-learn's `load_digits`, the backgrounds its two sample photographs, so nothing
 is downloaded. A scene holds 5 to 15 digits, 14 to 44 pixels tall, each in a colour that stands out
-from what lies under it. They overlap, but no digit hides another.
+from what lies under it. They overlap, but no digit hides another. In a crowded scene most come in
+pairs: beside a digit, and much in its way, another of the same class and about the same height.
 """
 
 from typing import NamedTuple
@@ -19,6 +20,7 @@ SIZE = 128  # pixels, the side of a scene
 CLASSES = 10
 MIN_DIGITS, MAX_DIGITS = 5, 15
 MAX_OVERLAP = 0.4  # of two boxes, as a share of the smaller one
+PAIR_IOU = (0.3, 0.7)  # of the boxes of a pair, in crowded scenes
 
 # load_digits has no column for the writer, but its 1,797 rows are 14 forms of about 130 digits, one
 # after the other: each is the same dictation and begins 0..9, 0..9, 0..9. The forms of a writer lie
@@ -38,14 +40,14 @@ class Scenes(NamedTuple):
         return Scenes(*(t.to(device) for t in self))
 
 
-def compose(split: str, count: int, seed: int, **bar: object) -> Scenes:
+def compose(split: str, count: int, seed: int, crowded: bool = False, **bar: object) -> Scenes:
     """Compose `count` scenes of `split`, "train" or "held-out"."""
     composer = _Composer(split, seed)
     images = np.empty((count, SIZE, SIZE, 3), np.uint8)
     boxes = np.zeros((count, MAX_DIGITS, 4), np.float32)
     labels = np.full((count, MAX_DIGITS), CLASSES)
-    for i in tqdm(range(count), f"{split} scenes", **bar):
-        canvas, where, what = composer.scene()
+    for i in tqdm(range(count), "crowded scenes" if crowded else f"{split} scenes", **bar):
+        canvas, where, what = composer.scene(crowded)
         images[i] = (canvas * 255).round()
         boxes[i, : len(where)] = where
         labels[i, : len(what)] = what
@@ -65,23 +67,51 @@ class _Composer:
         self.photos = [photo[:, PHOTOS[split]] for photo in load_sample_images().images]
         self.rng = np.random.default_rng(seed)
 
-    def scene(self) -> tuple[NDArray, NDArray, list[int]]:
+    def scene(self, crowded: bool) -> tuple[NDArray, NDArray, list[int]]:
         canvas = self.background()
-        count = self.rng.integers(MIN_DIGITS, MAX_DIGITS, endpoint=True)
+        low = MAX_DIGITS - 5 if crowded else MIN_DIGITS
+        count = self.rng.integers(low, MAX_DIGITS, endpoint=True)
         boxes = np.empty((0, 4), np.float32)
         labels: list[int] = []
         while len(labels) < count:
             row = self.rng.integers(len(self.digits))
-            ink = self.ink(self.digits[row])
-            h, w = ink.shape
-            x, y = self.rng.integers(0, (SIZE - w, SIZE - h), endpoint=True)
-            box = np.array([x, y, x + w, y + h], np.float32)
-            if overlap(box, boxes).max(initial=0) <= MAX_OVERLAP:
-                patch = canvas[y : y + h, x : x + w]
+            placed = self.place(row, np.exp(self.rng.uniform(np.log(14), np.log(44))))
+            if overlap(placed[0], boxes).max(initial=0) > MAX_OVERLAP:
+                continue
+            paired = crowded and len(labels) + 1 < count
+            partner = self.partner(row, placed[0], boxes) if paired else None
+            for box, ink in (placed, partner) if partner else (placed,):
+                x1, y1, x2, y2 = box.astype(int)
+                patch = canvas[y1:y2, x1:x2]
                 patch += ink[..., None] * (self.colour(patch) - patch)
                 boxes = np.vstack([boxes, box])
                 labels.append(self.labels[row])
         return canvas, boxes, labels
+
+    def place(self, row: int, height: float) -> tuple[NDArray, NDArray]:
+        """A digit somewhere in the scene: its box and its ink."""
+        ink = self.ink(self.digits[row], height)
+        h, w = ink.shape
+        x, y = self.rng.integers(0, (SIZE - w, SIZE - h), endpoint=True)
+        return np.array([x, y, x + w, y + h], np.float32), ink
+
+    def partner(self, row: int, box: NDArray, others: NDArray) -> tuple[NDArray, NDArray] | None:
+        """A digit of the class of `row`, about as tall and in its way; None where none fits."""
+        rows = np.flatnonzero(self.labels == self.labels[row])
+        for _ in range(20):
+            height = (box[3] - box[1]) * self.rng.uniform(0.9, 1.1)
+            ink = self.ink(self.digits[self.rng.choice(rows)], height)
+            h, w = ink.shape
+            x, y = (box[:2] + self.rng.uniform(-0.5, 0.5, 2) * (w, h)).round()
+            near = np.array([x, y, x + w, y + h], np.float32)
+            if (
+                near.min() >= 0
+                and near.max() <= SIZE
+                and PAIR_IOU[0] <= iou(near, box) <= PAIR_IOU[1]
+                and overlap(near, others).max(initial=0) <= MAX_OVERLAP
+            ):
+                return near, ink
+        return None
 
     def background(self) -> NDArray:
         """A square crop of a photograph, at two thirds to one and a half times its scale."""
@@ -93,9 +123,8 @@ class _Composer:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return np.asarray(crop.resize((SIZE, SIZE)), np.float32) / 255
 
-    def ink(self, digit: NDArray) -> NDArray:
+    def ink(self, digit: NDArray, height: float) -> NDArray:
         """The digit enlarged, a little stretched, turned and slanted, and cropped to its ink."""
-        height = np.exp(self.rng.uniform(np.log(14), np.log(44)))
         stretch = self.rng.uniform(0.85, 1.15)
         turn, slant = self.rng.uniform(-0.15, 0.15, 2)
         cos, sin = np.cos(turn), np.sin(turn)
@@ -125,3 +154,9 @@ def overlap(box: NDArray, boxes: NDArray) -> NDArray:
     sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
     areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
     return sides.clip(0).prod(axis=1) / np.minimum(areas, np.prod(box[2:] - box[:2]))
+
+
+def iou(box: NDArray, other: NDArray) -> float:
+    sides = np.minimum(box[2:], other[2:]) - np.maximum(box[:2], other[:2])
+    both = sides.clip(0).prod()
+    return both / (np.prod(box[2:] - box[:2]) + np.prod(other[2:] - other[:2]) - both)

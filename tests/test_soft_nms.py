@@ -203,6 +203,16 @@ def test_equal_scores_go_by_index(kernel: torch.device) -> None:
         assert got[0] == reference.soft_nms(boxes, scores, method="hard")[0].tolist()
 
 
+def test_equal_scores_outside_of_the_registers_go_by_index(kernel: torch.device) -> None:
+    """32 and 40 are equal; 40 is the best of its lane, 32 is behind 0 until that is taken."""
+    boxes = np.tile(np.array([0, 0, 9, 9], np.float32), (64, 1))
+    boxes += 20 * np.arange(64, dtype=np.float32)[:, None]
+    scores = np.full(64, 0.01, np.float32)
+    scores[[0, 32, 40]] = 0.9, 0.5, 0.5
+    with _settings.override("soft_nms", SIZE=32):
+        assert run(kernel, boxes, scores, max_output=3)[0] == [0, 32, 40]
+
+
 def test_classes_are_sets_of_their_own(device: torch.device) -> None:
     rng = np.random.default_rng(4)
     boxes, scores = random_boxes(rng, 90)
