@@ -13,6 +13,8 @@ The greedy choice inside a block is the fixed point of  keep_i = alive_i & not a
 bit_ji):  j < i makes the relation triangular, so after r rounds the first r boxes are final; real
 sets need a handful of rounds, and none needs more than the block has boxes.
 
+Numbers of boxes vary from call to call, and are not what a kernel is compiled for.
+
 How two boxes are compared is in `_nms.py`. Instructions per pair on sm_90, fp32: 13 are needed, and
 a share of what loads box j; 16.5 to 20.5 with all around them.
 """
@@ -99,7 +101,7 @@ def _descending(score):
     return tl.where(score == score, -1 - rising, 0x7FFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "max_output"])
 def nms_small_kernel(
     boxes_ptr,  # [B, n, 4]
     scores_ptr,  # [B, n]
@@ -145,7 +147,7 @@ def nms_small_kernel(
     tl.store(counts_ptr + image, kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "chunks", "limit", "largest"])
 def nms_segments_kernel(
     boxes_ptr,  # [B, n, 4]
     ids_ptr,  # [B, n], sorted; or None: an image is one segment
@@ -187,7 +189,7 @@ def nms_segments_kernel(
         start = tl.min(tl.where(starts & (at > start), at, n), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "blocks", "max_output"])
 def nms_list_kernel(
     order_ptr,  # [B, n] int64, best first
     keep_ptr,  # [B, n] int8, in that order
@@ -211,7 +213,7 @@ def nms_list_kernel(
     tl.store(counts_ptr + image + at * 0, tl.minimum(rank, max_output), mask=at == n - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "size"])
 def nms_mask_kernel(
     boxes_ptr,  # [n, 4], best first
     mask_ptr,  # [words, stride] int32: bit b of [w, i] says that box 32 w + b strikes out i
@@ -249,7 +251,7 @@ def nms_mask_kernel(
         tl.store(mask_ptr + word.to(tl.int64) * stride + i, bits)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "size"])
 def nms_resolve_kernel(
     mask_ptr,  # [words, stride] int32
     keep_ptr,  # [n] int8: in, may still be kept; out, is kept
@@ -292,7 +294,7 @@ def nms_resolve_kernel(
     tl.store(count_ptr, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "end", "n"])
 def nms_suppress_kernel(
     boxes_ptr,  # [n, 4], best first
     keep_ptr,  # [n] int8, set to 0 where a kept box of the band overlaps enough

@@ -141,7 +141,7 @@ def _soften(
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "limit"])
 def soft_nms_kernel(
     boxes_ptr,  # [B, n, 4]
     state_ptr,  # [B, n] fp32 | fp64: the scores, 0 for a box that takes no part; see above

@@ -91,7 +91,11 @@ def _traffic(bench: Bench, small: Case, dtype: str, mode: str) -> Row:
         def run(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
             before = meter.dram
             launch(kernel, grid, *args, **settings)
-            arguments = {name: _token(a) for name, a in zip(kernel.arg_names, args, strict=False)}
+            plain = kernel.kwargs.get("do_not_specialize") or ()
+            arguments = {
+                name: _token(a, name not in plain)
+                for name, a in zip(kernel.arg_names, args, strict=False)
+            }
             constants = {n: _plain(settings[n]) for n in kernel.arg_names if n in settings}
             launches.append(
                 {
@@ -170,16 +174,16 @@ def _plain(constant: Any) -> Any:
     return constant if isinstance(constant, int | float | str | None) else str(constant)
 
 
-def _token(argument: Any) -> Any:
+def _token(argument: Any, specialized: bool = True) -> Any:
     """What of a runtime argument is part of the specialisation, as the compile gate writes it."""
     if isinstance(argument, torch.Tensor):
         name = str(argument.dtype).removeprefix("torch.")
         for long, short in (("bfloat", "bf"), ("float", "fp"), ("int", "i")):
             name = name.replace(long, short)
         return f"*{name}"
-    if isinstance(argument, int) and argument != 1:
+    if isinstance(argument, int) and (argument != 1 or not specialized):
         kind = "i32" if abs(argument) < 2**31 else "i64"
-        return kind if argument % 16 else f"{kind} tt.divisibility=16"
+        return kind if argument % 16 or not specialized else f"{kind} tt.divisibility=16"
     return "fp32" if isinstance(argument, float) else argument  # None and 1 become constants
 
 

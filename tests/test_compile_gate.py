@@ -169,6 +169,15 @@ def test_box_losses_move_boxes_in_vectors_of_16_bytes(gate: list[Record]) -> Non
             assert counts["store"] == sides * max(wide, 1), str(record)
 
 
+def test_numbers_of_boxes_are_not_compiled_for(gate: list[Record]) -> None:
+    """They differ from image to image, and each kind of number would be compiled anew."""
+    for record in gate:
+        if "nms" in record.kernel:
+            sizes = {"n", "size", "max_output", "limit", "end"}
+            assert not sizes & set(record.constants), str(record)
+            assert {record.arguments.get(name, "i32") for name in sizes} == {"i32"}, str(record)
+
+
 def test_the_resolver_reads_its_bitmask_in_vectors(gate: list[Record]) -> None:
     for record in gate:
         if record.kernel == "nms_resolve_kernel" and record.target == "sm_90":

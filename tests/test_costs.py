@@ -146,6 +146,8 @@ def test_traffic_of_box_iou(kernel: torch.device) -> None:
     assert got.stored == n * m * 4
     # Tiles of 16 x 128 read their boxes again: 16 bytes for every 128 and every 16 pairs.
     assert got.loaded == n * m * 16 // 128 + n * m * 16 // 16
+    compulsory = 4 * n * m + 16 * (n + m)
+    assert compulsory <= got.dram <= 1.02 * compulsory
     least = 16 * (n + m)  # and an expanded gradient is one value
     for iou in (box_iou(a, b), complete_box_iou(a, b)):
         back = metered(kernel, iou.sum().backward)

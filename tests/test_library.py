@@ -172,6 +172,57 @@ def test_torch_compile_takes_the_whole_graph(device: torch.device, dynamic: bool
             torch.testing.assert_close(x, y)
 
 
+def padded(boxes: Tensor, scores: Tensor, idxs: Tensor) -> tuple[Tensor, ...]:
+    """What gives results of a fixed size, whatever the data."""
+    hard = nms_padded(boxes, scores, 0.5, idxs=idxs, valid=idxs[:, 0], max_output=9)
+    soft = soft_nms_padded(boxes, scores, idxs=idxs, valid=idxs[:, 0], max_output=9)
+    return (*hard, *soft, *box_match(boxes, boxes[:, :4] + 1))
+
+
+def images(device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    corner = torch.rand(2, 20, 2, device=device) * 50
+    boxes = torch.cat([corner, corner + torch.rand(2, 20, 2, device=device) * 30], 2)
+    return boxes, torch.rand(2, 20, device=device), torch.randint(1, 20, (2, 20), device=device)
+
+
+@pytest.mark.filterwarnings("default")
+def test_results_of_a_fixed_size_need_no_symbols(device: torch.device) -> None:
+    """torch.compile takes the whole graph as it is set by default, and export as well."""
+    torch._dynamo.reset()
+    arguments = images(device, 0)
+    want = padded(*arguments)
+    compiled = torch.compile(padded, fullgraph=True, backend="aot_eager")
+    for x, y in zip(compiled(*arguments), want, strict=True):
+        assert torch.equal(x, y)
+
+    class Model(nn.Module):
+        def forward(self, boxes: Tensor, scores: Tensor, idxs: Tensor) -> tuple[Tensor, ...]:
+            return padded(boxes, scores, idxs)
+
+    program = torch.export.export(Model(), arguments, strict=False)
+    assert not program.range_constraints
+    for x, y in zip(program.module()(*arguments), want, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_results_of_a_fixed_size_are_captured() -> None:
+    device = torch.device("cuda")
+    arguments = images(device, 0)
+    padded(*arguments)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = padded(*arguments)
+    for seed in (1, 2):
+        other = images(device, seed)
+        for held, new in zip(arguments, other, strict=True):
+            held.copy_(new)
+        graph.replay()
+        for x, y in zip(got, padded(*other), strict=True):
+            assert torch.equal(x, y)
+
+
 @pytest.mark.filterwarnings("default")
 def test_torch_export(device: torch.device) -> None:
     arguments = everything(device, 20)

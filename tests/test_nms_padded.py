@@ -52,6 +52,7 @@ def test_padded_is_each_image_alone(
             greedy(*(x[b, :n].numpy() for x in (boxes, scores)), ids.numpy(), 0.4, **options)
         )  # type: ignore[arg-type]
     boxes, scores, idxs = (x.to(device) for x in (boxes, scores, idxs))
+    before = [x.clone() for x in (boxes, scores, idxs)]
     padded = nms_padded(
         boxes,
         scores,
@@ -61,6 +62,8 @@ def test_padded_is_each_image_alone(
         **options,  # type: ignore[arg-type]
     )
     check_padded(padded, want, max_output)
+    for x, y in zip((boxes, scores, idxs), before, strict=True):
+        assert torch.equal(x.nan_to_num(), y.nan_to_num())
 
 
 @pytest.mark.parametrize("tier", PADDED_TIERS)
