@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -224,9 +226,7 @@ def _launch_padded(
 ) -> tuple[Tensor, Tensor]:
     n = scores.shape[1]
     if scores.numel() == 0 or max_output == 0:
-        indices, counts = _alloc_padded(
-            boxes, scores, idxs, valid, iou_threshold, offset, score_threshold, max_output
-        )
+        indices, counts = _alloc_padded(boxes, max_output)
         return indices.fill_(-1), counts.zero_()
     options = _nms.Options(iou_threshold, offset, score_threshold, max_output)
     if tier is None:
@@ -269,17 +269,8 @@ def _reference_padded(
     return _dispatch.from_numpy(indices, torch.int64), _dispatch.from_numpy(counts, torch.int32)
 
 
-def _alloc_padded(
-    boxes: Tensor,
-    scores: Tensor,
-    idxs: Tensor | None,
-    valid: Tensor | None,
-    iou_threshold: float,
-    offset: int,
-    score_threshold: float | None,
-    max_output: int,
-) -> tuple[Tensor, Tensor]:
-    images = boxes.shape[0]
+def _alloc_padded(boxes: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    images, max_output = boxes.shape[0], options[-1]
     return (
         boxes.new_empty((images, max_output), dtype=torch.int64),
         boxes.new_empty(images, dtype=torch.int32),

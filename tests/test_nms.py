@@ -19,7 +19,6 @@ from tests.nms_sets import greedy, random_set
 
 Array = NDArray[Any]
 SETS, CHUNKS = 2000, 20
-KERNEL = torch.device("cpu" if _dispatch.INTERPRETED else "cuda")
 
 
 def run(device: torch.device, *arrays: Any, **options: Any) -> list[int]:
