@@ -299,6 +299,8 @@ def test_every_match_is_what_it_says(seed: int) -> None:
     anchors, gt, options = random_set(seed, 100)
     matched, max_iou = run(torch.device("cpu"), anchors, gt, **options)
     iou = matrix(anchors, gt)
+    # As Python floats: numpy would round an fp64 IoU to fp32 before comparing it with an fp32 one.
+    low, high = (float(np.float32(options[name])) for name in ("neg_iou", "pos_iou"))
     for i, (match, best) in enumerate(zip(matched, max_iou, strict=True)):
         assert IGNORED <= match < len(gt)
         assert 0 <= best <= 1
@@ -306,7 +308,7 @@ def test_every_match_is_what_it_says(seed: int) -> None:
             assert 0 <= iou[i, match] <= best
             assert options.get("gt_valid", np.ones(len(gt), bool))[match]
         elif match == IGNORED:
-            assert np.float32(options["neg_iou"]) <= best < np.float32(options["pos_iou"])
+            assert low <= best < high
 
 
 # ---- bad data
