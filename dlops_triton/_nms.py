@@ -65,6 +65,7 @@ def small(
     images, n = scores.shape
     threshold, offset, score_threshold, max_output = options
     order = boxes.new_empty((images, n), dtype=torch.int64)
+    row = boxes.new_empty((images, n + 31, 4), dtype=_dispatch.compute_dtype(boxes.dtype))
     indices = boxes.new_empty((images, max_output), dtype=torch.int64)
     counts = boxes.new_empty(images, dtype=torch.int32)
     _dispatch.launch(
@@ -75,6 +76,7 @@ def small(
         None if idxs is None else idxs.contiguous(),
         None if valid is None else valid.contiguous(),
         order,
+        row,
         indices,
         counts,
         n,
@@ -149,6 +151,7 @@ def segments(
         alive = None if alive is None else alive.gather(1, place)
     settings = SEGMENTS.on(boxes)
     chunks = 1 if ids is None else triton.cdiv(n, settings["CHUNK"])
+    row = boxes.new_empty((images * n + 31, 4), dtype=_dispatch.compute_dtype(boxes.dtype))
     keep = torch.zeros((images, n), dtype=torch.int8, device=boxes.device)
     is_large = torch.zeros(1, dtype=torch.int32, device=boxes.device)
     _dispatch.launch(
@@ -157,6 +160,7 @@ def segments(
         boxes.contiguous(),
         ids,
         order,
+        row,
         None if alive is None else alive.view(torch.int8),
         keep,
         is_large,
@@ -211,7 +215,9 @@ def bands(boxes: Tensor, keep: Tensor, options: Options) -> None:
     words, stride = triton.cdiv(width, 32), triton.cdiv(width, block) * block
     mask = boxes.new_empty((words, stride), dtype=torch.int32)
     packed = boxes.new_empty(words, dtype=torch.int32)
-    kept = boxes.new_empty(width, dtype=torch.int32)
+    row = None
+    if width < n:
+        row = boxes.new_empty((width, 4), dtype=_dispatch.compute_dtype(boxes.dtype))
     count = boxes.new_empty(1, dtype=torch.int32)
     flags = keep.view(torch.int8)
     for start in range(0, n, width):
@@ -229,7 +235,7 @@ def bands(boxes: Tensor, keep: Tensor, options: Options) -> None:
         _dispatch.launch(
             nms_resolve_kernel,
             (1,),
-            *(mask, flags, packed, kept, count, start, size, stride),
+            *(boxes, mask, flags, packed, row if end < n else None, count, start, size, stride),
             BLOCK=block,
             enable_fp_fusion=False,
             **resolving,
@@ -240,7 +246,7 @@ def bands(boxes: Tensor, keep: Tensor, options: Options) -> None:
             _dispatch.launch(
                 nms_suppress_kernel,
                 (later, triton.cdiv(size, suppressing["SHARE"])),
-                *(boxes, flags, kept, count, start, end, n, options.iou_threshold),
+                *(boxes, flags, row, count, end, n, options.iou_threshold),
                 OFFSET=options.offset,
                 enable_fp_fusion=False,
                 **suppressing,

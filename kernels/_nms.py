@@ -35,6 +35,15 @@ def read_boxes(boxes_ptr, index, mask, OFFSET: tl.constexpr):
 
 
 @triton.jit
+def write_boxes(boxes_ptr, index, mask, box):
+    """Corners as `read_boxes` returns them, by 16 bytes."""
+    x1, y1, x2, y2, _ = box
+    corners = tl.join(tl.join(x1, x2), tl.join(y1, y2))
+    at = boxes_ptr + (index.to(tl.int64) * 4)[:, None] + tl.arange(0, 4)[None, :]
+    tl.store(at, tl.reshape(corners, (index.shape[0], 4)), mask=mask[:, None])
+
+
+@triton.jit
 def decision(threshold):
     """What `excess` needs of an fp32 threshold t.
 
@@ -92,20 +101,31 @@ def excess(j, i, threshold, decision, OFFSET: tl.constexpr, TINY: tl.constexpr):
 
 
 @triton.jit
+def _excess_of(
+    boxes_ptr, ids_ptr, list_ptr, row, n, i, i_id, threshold, decision,
+    OFFSET: tl.constexpr, TINY: tl.constexpr,
+):  # fmt: skip
+    """[J, I]: above 0 where box row[j], of n, strikes out box i. Only ids are found by the list."""
+    over = excess(read_boxes(boxes_ptr, row, None, OFFSET), i, threshold, decision, OFFSET, TINY)
+    if ids_ptr is not None:
+        row_id = tl.load(ids_ptr + tl.load(list_ptr + tl.minimum(row, n - 1)))
+        over = tl.where(row_id[:, None] == i_id[None, :], over, 0.0)
+    return over
+
+
+@triton.jit
 def struck(
     boxes_ptr, ids_ptr, list_ptr, n, i, i_id, threshold, decision,
     OFFSET: tl.constexpr, ROWS: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
-    """[I]: above 0 where any of the first n boxes of the list strikes out box i."""
+    """[I]: above 0 where any of the first n boxes strikes out box i."""
     worst = i[4] * 0
     for first in range(0, n, ROWS):
         # The last box may strike more than once, so nothing needs a mask.
         row = tl.minimum(first + tl.arange(0, ROWS), n - 1)
-        j = tl.load(list_ptr + row)
-        box_j = read_boxes(boxes_ptr, j, None, OFFSET)
-        over = excess(box_j, i, threshold, decision, OFFSET, TINY)
-        if ids_ptr is not None:
-            over = tl.where(tl.load(ids_ptr + j)[:, None] == i_id[None, :], over, 0.0)
+        over = _excess_of(
+            boxes_ptr, ids_ptr, list_ptr, row, n, i, i_id, threshold, decision, OFFSET, TINY
+        )
         # The default drops a NaN.
         worst = tl.maximum(worst, tl.max(over, axis=0))
     return worst
@@ -116,7 +136,10 @@ def relation(
     boxes_ptr, ids_ptr, list_ptr, n, i, i_id, threshold, decision,
     OFFSET: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK / 32, BLOCK]: bit b of word w of box i: does box 32 w + b of the list strike i?"""
+    """[BLOCK / 32, BLOCK]: bit b of word w of box i: does box 32 w + b strike i, that comes later?
+
+    What is read beyond the n boxes, up to the end of a word, strikes none of them.
+    """
     word = tl.arange(0, BLOCK // 32)
     lane = tl.arange(0, BLOCK)
     bits = tl.zeros((BLOCK // 32, BLOCK), tl.int32)
@@ -126,13 +149,10 @@ def relation(
         if TINY:  # rare code stays short
             rows = tl.minimum(n - w * 32, 32)
         for first in range(0, rows, ROWS):
-            # Beyond n the last box stands in; no box inside comes after that.
-            row = tl.minimum(w * 32 + first + tl.arange(0, ROWS), n - 1)
-            j = tl.load(list_ptr + row)
-            box_j = read_boxes(boxes_ptr, j, None, OFFSET)
-            over = excess(box_j, i, threshold, decision, OFFSET, TINY)
-            if ids_ptr is not None:
-                over = tl.where(tl.load(ids_ptr + j)[:, None] == i_id[None, :], over, 0.0)
+            row = w * 32 + first + tl.arange(0, ROWS)
+            over = _excess_of(
+                boxes_ptr, ids_ptr, list_ptr, row, n, i, i_id, threshold, decision, OFFSET, TINY
+            )
             of_word |= packed(over > 0, ROWS) << first
         of_word &= bits_before(lane - w * 32)
         bits = tl.where(word[:, None] == w, of_word[None, :], bits)

@@ -125,6 +125,7 @@ def _soften(
         top = _highest(score)
         # The first is the best of all, be it only the first of equals.
         is_best = top > score_threshold
+        least = tl.maximum(rest, score_threshold)
         while is_best & (picked < limit):
             winner = tl.min(tl.where(score == top, index, 0x7FFFFFFF), axis=0)
             tl.store(state_ptr + winner, -top)
@@ -135,7 +136,7 @@ def _soften(
             score = tl.where(index == winner, 0.0, score)
             picked += 1
             top = _highest(score)
-            is_best = (top > score_threshold) & (top > rest)
+            is_best = top > least
         more = (picked < limit) & (tl.maximum(top, rest) > score_threshold)
         # What this program stored is loaded by its other threads.
         tl.debug_barrier()

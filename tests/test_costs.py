@@ -196,16 +196,17 @@ def test_traffic_of_nms(kernel: torch.device) -> None:
     a, scores = boxes(n), torch.rand(n)
     small = metered(kernel, lambda: nms(a, scores, 0.5))
     assert small.kernels == ["nms_small_kernel"]
-    # Scores and boxes once; the sorted list and what is kept of it; the indices and their count.
+    # Scores and boxes once; boxes and indices, sorted, each way, and what is kept of them; the
+    # indices and their count.
     kept = len(nms(a, scores, 0.5))
-    assert small.loaded_sectors * 32 <= 4 * n + 16 * n + 8 * n + 64
-    assert small.stored == 8 * n + 8 * kept + 8 * n + 4
+    assert small.loaded_sectors * 32 <= 4 * n + 16 * n + (16 + 8) * n + 64
+    assert small.stored == (16 + 8) * (n + kept) + 8 * n + 4
     tiers = sys.modules[nms.__module__]
     bands = metered(kernel, lambda: tiers._launch(a, scores, None, 0.5, 0, None, None, "bands"))
     assert bands.kernels == ["nms_mask_kernel", "nms_resolve_kernel"]
     words = n // 32
-    # The bitmask once each way; flags, packed words, the list of the kept and their number.
-    stored = words * n * 4 + n + words * 4 + 4 * kept + 4
+    # The bitmask once each way; flags, packed words, the number of boxes kept.
+    stored = words * n * 4 + n + words * 4 + 4
     assert bands.stored == stored
     assert bands.loaded_sectors * 32 <= words * n * 4 + 16 * n + n + words * 4 + 64
 

@@ -7,6 +7,7 @@ import pytest
 from tests.tools import planted
 from tests.tools.compile_gate import Record
 from tests.tools.fixtures import shared_gate
+from tests.tools.machine_code import _NVIDIA_OPCODES, _count, _parse_sass
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +78,22 @@ def test_gate_counts_the_innermost_loop(compiled):
         assert code.loop_counts["load"] > 0 == code.loop_counts["store"]
         assert compiled("even", target).code.loop_instructions == 0
         assert code.registers > 0
+
+
+def test_gate_leaves_out_what_a_division_seldom_calls():
+    code = _count(
+        _parse_sass("""
+        .L_x_0:
+            /*0000*/ MUFU.RCP R0, R1 ;
+            /*0010*/ @!P1 BRA `(.L_x_1) ;
+            /*0020*/ MOV R4, 0x10 ;
+            /*0030*/ CALL.REL.NOINC `($slow) ;
+        .L_x_1:
+            /*0040*/ @!P1 BRA `(.L_x_2) ;
+            /*0050*/ STG.E desc[UR4][R2.64], R0 ;
+        .L_x_2:
+            /*0060*/ @P2 BRA `(.L_x_0) ;
+        """),
+        _NVIDIA_OPCODES,
+    )
+    assert (code.instructions, code.loop_instructions, code.loop_counts["call"]) == (7, 5, 1)

@@ -65,7 +65,8 @@ class MachineCode:
     stack: int = 0
     spilled: int = 0  # bytes of local memory
     instructions: int = 0
-    loop_instructions: int = 0  # of the innermost loop, where a kernel spends its time
+    # Of the innermost loop, where a kernel spends its time; without its detours.
+    loop_instructions: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     loop_counts: dict[str, int] = field(default_factory=dict)
 
@@ -106,6 +107,9 @@ def _run(tool: str, *args: str) -> str:
 class _Listing:
     opcodes: list[str] = field(default_factory=list)  # in order, without padding
     loops: list[tuple[int, int]] = field(default_factory=list)  # first and last instruction
+    # Likewise: straight code around a call that a branch jumps over, unless a division, say, has
+    # operands so large or small that a subroutine must do it.
+    detours: list[tuple[int, int]] = field(default_factory=list)
 
 
 def _parse_sass(text: str) -> _Listing:
@@ -125,9 +129,14 @@ def _parse(
 ) -> _Listing:
     listing = _Listing()
     labels: dict[str, int] = {}
+    ahead: tuple[str, int] | None = None  # what the last branch jumps to, and what it jumps over
     for line in lines:
         if found := label.match(line.strip()):
-            labels[found[1]] = len(listing.opcodes)
+            here = len(listing.opcodes)
+            labels[found[1]] = here
+            if ahead and ahead[0] == found[1] and "CALL" in "".join(listing.opcodes[ahead[1] :]):
+                listing.detours.append((ahead[1], here - 1))
+            ahead = None
         elif (found := instruction.match(line)) and found[1].lower() not in ("nop", "s_nop"):
             here = len(listing.opcodes)
             listing.opcodes.append(found[1])
@@ -135,6 +144,8 @@ def _parse(
             # A branch to itself is the trap that ends a kernel, not a loop.
             if target and labels.get(target[1], here) < here:
                 listing.loops.append((labels[target[1]], here))
+            if target:
+                ahead = (target[1], here + 1) if target[1] not in labels else None
     return listing
 
 
@@ -153,9 +164,10 @@ def _count(listing: _Listing, kinds: dict[str, str]) -> MachineCode:
     working = [loop for loop in listing.loops if reaches_memory(loop)]
     first, last = _innermost(working or listing.loops)
     loop = listing.opcodes[first : last + 1]
+    detours = sum(b - a + 1 for a, b in listing.detours if first <= a and b <= last)
     return MachineCode(
         instructions=len(listing.opcodes),
-        loop_instructions=len(loop),
+        loop_instructions=len(loop) - detours,
         counts=counts(listing.opcodes),
         loop_counts=counts(loop),
     )
