@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 import math
 from typing import Any
 
@@ -19,6 +18,7 @@ from dlops_triton import _dispatch, _settings, nms, soft_nms, soft_nms_padded
 from dlops_triton.reference import soft_nms as reference
 from tests import peers
 from tests.nms_sets import random_set
+from tests.soft_nms_checks import check, until_rounding_decides
 from tests.tools.interpreter import shuffled
 
 # The function of the same name hides the module from an import statement.
@@ -39,7 +39,6 @@ CLASSIC = (
     ),
     np.array([0.9, 0.8, 0.7, 0.6, 0.5], np.float32),
 )
-ULP = 2.0**-23
 
 
 def run(
@@ -50,62 +49,6 @@ def run(
     indices, decayed = soft_nms(x, s, *args, idxs=ids, **options)
     assert (indices.dtype, decayed.dtype) == (torch.int64, s.dtype)
     return indices.tolist(), decayed.double().cpu().numpy()
-
-
-def check(
-    got: tuple[list[int], Array],
-    want: tuple[Array, Array],
-    boxes: Array,
-    idxs: Array | None = None,
-    offset: int = 0,
-) -> None:
-    """The same indices, and scores within 4 ulp for every factor that they have."""
-    indices, scores = want
-    assert got[0] == indices.tolist()
-    bounds = [factors(boxes, idxs, offset, indices[:k], i) * 4 * ULP for k, i in enumerate(indices)]
-    assert (np.abs(got[1] - scores) <= np.array(bounds) * scores).all()
-
-
-def factors(boxes: Array, idxs: Array | None, offset: int, picks: Array, i: int) -> int:
-    """How many of the picks have decayed the score of box i."""
-    overlapped = reference._iou(boxes[i], boxes[picks], offset) > 0
-    if idxs is not None:
-        overlapped &= idxs[picks] == idxs[i]
-    return int(overlapped.sum())
-
-
-def until_rounding_decides(
-    got: tuple[list[int], Array],
-    want: tuple[Array, Array],
-    boxes: Array,
-    scores: Array,
-    idxs: Array | None,
-    score_threshold: float,
-    offset: int,
-    **options: Any,
-) -> tuple[tuple[list[int], Array], tuple[Array, Array]]:
-    """Cut both where they first differ, if what they chose there differs by rounding alone."""
-    indices = want[0].tolist()
-    pairs = enumerate(itertools.zip_longest(got[0], indices))
-    here = next((k for k, (a, b) in pairs if a != b), None)
-    if here is None:
-        return got, want
-    current, bounds = [], []
-    for i in (chosen[here] if here < len(chosen) else None for chosen in (got[0], indices)):
-        if i is None:  # none was above the threshold
-            current.append(float(np.float32(score_threshold)))
-            continue
-        # The definition's score of a box after the picks is what it has when they are alone.
-        alone = np.sort([*indices[:here], i])
-        ids = None if idxs is None else idxs[alone]
-        order, emitted = reference.soft_nms(
-            boxes[alone], scores[alone], 0.3, score_threshold=0, idxs=ids, offset=offset, **options
-        )
-        assert alone[order].tolist() == [*indices[:here], i]
-        current.append(emitted[-1])
-        bounds.append(4 * ULP * factors(boxes, idxs, offset, want[0][:here], i) * emitted[-1])
-    assert abs(current[0] - current[1]) <= sum(bounds)
-    return (got[0][:here], got[1][:here]), (want[0][:here], want[1][:here])
 
 
 def random_boxes(rng: np.random.Generator, n: int, side: float = 100) -> tuple[Array, Array]:
