@@ -201,15 +201,6 @@ def fixed_point(bits, alive, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def advanced(ptr, by):
-    """A pointer moved on, or None."""
-    if ptr is None:
-        return None
-    else:
-        return ptr + by
-
-
-@triton.jit
 def starts_segment(ids_ptr, at, n):
     """Which positions have another id than the one before; without ids only the first."""
     if ids_ptr is None:

@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 
 from ._nms import (
-    advanced,
     any_kept,
     bits_before,
     decision,
@@ -143,7 +142,7 @@ def nms_small_kernel(
     list_ptr = order_ptr + image * n
     tl.store(list_ptr + lane, key & 0xFFFFFFFF, mask=lane < size)
     tl.debug_barrier()
-    ids = advanced(ids_ptr, image * n)
+    ids = None if ids_ptr is None else ids_ptr + image * n
     limit = tl.minimum(max_output, n)
     kept = _choose(
         boxes_ptr + image * n * 4, ids, list_ptr, row_ptr + image * (n + 31) * 4, size, limit,
@@ -179,8 +178,8 @@ def nms_segments_kernel(
     pid = tl.program_id(0).to(tl.int64)
     base = pid // chunks * n
     at = (pid % chunks).to(tl.int32) * CHUNK + tl.arange(0, CHUNK)
-    ids = advanced(ids_ptr, base)
-    alive = advanced(alive_ptr, base)
+    ids = None if ids_ptr is None else ids_ptr + base
+    alive = None if alive_ptr is None else alive_ptr + base
     starts = starts_segment(ids, at, n)
     start = tl.min(tl.where(starts, at, n), axis=0)
     while start < n:

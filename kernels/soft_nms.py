@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ._math import div_rn
-from ._nms import advanced, read_boxes, segment_length, starts_segment
+from ._nms import read_boxes, segment_length, starts_segment
 
 
 @triton.jit
@@ -166,13 +166,15 @@ def soft_nms_kernel(
         chunks = tl.cdiv(n, CHUNK)
     base = pid // chunks * n
     at = (pid % chunks).to(tl.int32) * CHUNK + tl.arange(0, CHUNK)
-    ids = advanced(ids_ptr, base)
+    ids = None if ids_ptr is None else ids_ptr + base
     starts = starts_segment(ids, at, n)
     start = tl.min(tl.where(starts, at, n), axis=0)
     while start < n:
+        order = None if order_ptr is None else order_ptr + base + start
+        picks = None if picks_ptr is None else picks_ptr + base + start
         _soften(
-            boxes_ptr + base * 4, state_ptr + base, advanced(order_ptr, base + start),
-            advanced(picks_ptr, base + start), segment_length(ids, None, start, n, SIZE), limit,
-            threshold, score_threshold, METHOD, SIGMA, OFFSET, SIZE,
+            boxes_ptr + base * 4, state_ptr + base, order, picks,
+            segment_length(ids, None, start, n, SIZE), limit, threshold, score_threshold,
+            METHOD, SIGMA, OFFSET, SIZE,
         )  # fmt: skip
         start = tl.min(tl.where(starts & (at > start), at, n), axis=0)
