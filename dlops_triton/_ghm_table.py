@@ -106,7 +106,9 @@ class Launch:
                 )
             targets = PER_ROW if labels else PER_ELEMENT
             self.sizes = (self.n, layout.classes, layout.inner)
-            self.constants = {"KIND": (mu, bins, targets.value, weights.value, ptx, _slots(bins))}
+            soft = mu is None and not labels
+            kind = (mu, bins, targets.value, weights.value, ptx, _slots(bins), soft)
+            self.constants = {"KIND": kind}
 
     def __call__(self, kernel: Any, *args: Any, **constants: Any) -> None:
         _dispatch.launch(

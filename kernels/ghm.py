@@ -109,7 +109,7 @@ def _load(
 
 @triton.jit
 def _element(x, t, KIND: tl.constexpr):
-    """Key, whether it is g (None: never), g, loss and slope."""
+    """Key, whether it is g (where KIND says that it may be), g, loss and slope."""
     MU: tl.constexpr = KIND[0]
     if MU is not None:
         d = x - t
@@ -120,11 +120,11 @@ def _element(x, t, KIND: tl.constexpr):
         root = larger * tl.sqrt(1 + ratio * ratio)
         slope = d / root
         key = tl.where(a == float("inf"), float("nan"), a)  # as g is
-        return key, None, tl.abs(slope), a * (a / (root + MU)), slope
+        return key, a != a, tl.abs(slope), a * (a / (root + MU)), slope
     elif KIND[2] == PER_ROW:
         y = tl.where(t == 1, -x, x)
         p, _, loss = logistic(y, KIND[4])
-        return y, None, p, loss, tl.where(t == 1, -p, p)
+        return y, t != t, p, loss, tl.where(t == 1, -p, p)
     else:
         y = tl.where(t == 1, -x, x)
         p, _, softplus = sigmoid_pair(y)
@@ -171,7 +171,7 @@ def ghm_count_kernel(
     n,
     num_classes,
     inner,
-    KIND: tl.constexpr,  # (mu or None, bins, layout of targets, of weights, PTX, SLOTS)
+    KIND: tl.constexpr,  # (mu or None, bins, layouts of targets and weights, PTX, SLOTS, soft)
     THRESHOLDS: tl.constexpr,
     EDGES: tl.constexpr,
     RULE: tl.constexpr,  # (momentum, update); None: totals only
@@ -193,12 +193,12 @@ def ghm_count_kernel(
         if KIND[0] is not None:
             share = tl.sum(weight.to(x.dtype), axis=0)
     bins = valid
-    if soft is not None:
+    if KIND[6]:
         bins = valid & ~(soft & (g >= EDGES[len(EDGES) - 1]))
     slot = tl.arange(0, SLOTS)
     counts = tl.where(slot == KIND[1], tl.sum(valid.to(tl.int32), axis=0), 0)
     key = tl.where(bins, key, float("nan"))
-    counts = add_counts(counts, key, soft, THRESHOLDS, EDGES)
+    counts = add_counts(counts, key, soft if KIND[6] else None, THRESHOLDS, EDGES)
     hand_over(
         counts, share, table_ptr, acc_ptr, steps_ptr, tally_ptr, THRESHOLDS, EDGES, RULE
     )  # fmt: skip
@@ -241,7 +241,7 @@ def ghm_loss_kernel(
     )  # fmt: skip
     key, soft, g, loss, slope = _element(x, t, KIND)
     SLOTS: tl.constexpr = KIND[5]
-    w = _weight_of(tl.minimum(g, 1.0), key, soft, table_ptr, KIND[1], SLOTS)
+    w = _weight_of(tl.minimum(g, 1.0), key, soft if KIND[6] else None, table_ptr, KIND[1], SLOTS)
     valid = mask
     if weight_ptr is not None:
         valid = mask & (weight > 0)
@@ -286,7 +286,7 @@ def ghm_bwd_kernel(
     )  # fmt: skip
     key, soft, g, _, slope = _element(x, t, KIND)
     SLOTS: tl.constexpr = KIND[5]
-    w = _weight_of(tl.minimum(g, 1.0), key, soft, table_ptr, KIND[1], SLOTS)
+    w = _weight_of(tl.minimum(g, 1.0), key, soft if KIND[6] else None, table_ptr, KIND[1], SLOTS)
     valid = mask
     if weight_ptr is not None:
         valid = mask & (weight > 0)
