@@ -81,7 +81,7 @@ def _load(
     WEIGHTS: tl.constexpr = KIND[3]
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     x = _wide(tl.load(x_ptr + base + local, mask=mask, other=0), KIND[4])
-    row = base
+    row = base + local
     if TARGETS == PER_ROW or WEIGHTS == PER_ROW:
         # One 64-bit division per program; the per-element ones stay in 32 bits.
         plane = num_classes * inner
