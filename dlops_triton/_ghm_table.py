@@ -267,8 +267,20 @@ def _reference_table(
     return _reference_table_from(totals, acc_sum, steps, mu, bins, momentum, update, double)
 
 
+# torch.compile does not take an op that may mutate arguments which are all None: inductor fails. So
+# each has a form without state.
 table_of = _dispatch.register(
-    "ghm_table(Tensor pred, Tensor target, Tensor? label_weight, Tensor(a!)? acc_sum, "
+    "ghm_table(Tensor pred, Tensor target, Tensor? label_weight, float? mu, int bins) -> Tensor",
+    lambda pred, target, label_weight, mu, bins: _launch_table(
+        pred, target, label_weight, None, None, mu, bins, 0.0, False
+    ),
+    lambda pred, target, label_weight, mu, bins: _reference_table(
+        pred, target, label_weight, None, None, mu, bins, 0.0, False
+    ),
+    lambda pred, target, label_weight, mu, bins: _alloc_table(pred, bins),
+)
+averaged_table_of = _dispatch.register(
+    "ghm_averaged_table(Tensor pred, Tensor target, Tensor? label_weight, Tensor(a!) acc_sum, "
     "Tensor(b!)? steps, float? mu, int bins, float momentum, bool update) -> Tensor",
     _launch_table,
     _reference_table,
@@ -281,8 +293,18 @@ totals_of = _dispatch.register(
     lambda pred, target, label_weight, mu, bins: _alloc_totals(pred, bins),
 )
 table_from = _dispatch.register(
-    "ghm_table_from(Tensor totals, Tensor(a!)? acc_sum, Tensor(b!)? steps, float? mu, int bins, "
-    "float momentum, bool update, bool double) -> Tensor",
+    "ghm_table_from(Tensor totals, float? mu, int bins, bool double) -> Tensor",
+    lambda totals, mu, bins, double: _launch_table_from(
+        totals, None, None, mu, bins, 0.0, False, double
+    ),
+    lambda totals, mu, bins, double: _reference_table_from(
+        totals, None, None, mu, bins, 0.0, False, double
+    ),
+    lambda totals, mu, bins, double: _alloc_from(totals, bins, double),
+)
+averaged_table_from = _dispatch.register(
+    "ghm_averaged_table_from(Tensor totals, Tensor(a!) acc_sum, Tensor(b!)? steps, float? mu, "
+    "int bins, float momentum, bool update, bool double) -> Tensor",
     _launch_table_from,
     _reference_table_from,
     lambda totals, acc_sum, steps, mu, bins, momentum, update, double: _alloc_from(

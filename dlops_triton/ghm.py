@@ -10,7 +10,13 @@ from torch import Tensor
 
 from . import _checks
 from ._ghm import Ghm
-from ._ghm_table import table_from, table_of, totals_of
+from ._ghm_table import (
+    averaged_table_from,
+    averaged_table_of,
+    table_from,
+    table_of,
+    totals_of,
+)
 
 _MOST_BINS = 128  # each is a constant of the kernel
 
@@ -163,17 +169,24 @@ def loss(
     if momentum == 0:
         acc_sum = steps = None
     update = update and acc_sum is not None and torch.is_grad_enabled()
-    state = (acc_sum, steps)
-    mu = None if mu is None else float(mu)
-    rule = (mu, int(bins), float(momentum), update)
+    kind = (None if mu is None else float(mu), int(bins))
+    averaging = (acc_sum, steps, *kind, float(momentum), update)
+    inputs = (pred.detach(), target, label_weight)
     if process_group is None:
-        table = table_of(pred.detach(), target, label_weight, *state, *rule)
+        if acc_sum is not None:
+            table = averaged_table_of(*inputs, *averaging)
+        else:
+            table = table_of(*inputs, *kind)
     else:
         from torch.distributed import _functional_collectives as collectives
 
-        totals = totals_of(pred.detach(), target, label_weight, mu, int(bins))
+        totals = totals_of(*inputs, *kind)
         totals = collectives.wait_tensor(collectives.all_reduce(totals, "sum", process_group))
-        table = table_from(totals, *state, *rule, pred.dtype == torch.float64)
+        double = pred.dtype == torch.float64
+        if acc_sum is not None:
+            table = averaged_table_from(totals, *averaging, double)
+        else:
+            table = table_from(totals, *kind, double)
     divisor, scale = None, float(loss_weight)
     if reduction == "mean":
         if avg_factor is None:
@@ -184,7 +197,7 @@ def loss(
             scale /= float(avg_factor)
     gradient = pred.requires_grad and torch.is_grad_enabled()
     result: Tensor = Ghm.apply(  # type: ignore[no-untyped-call]
-        pred, target, label_weight, table, divisor, scale, mu, int(bins), reduction != "none",
+        pred, target, label_weight, table, divisor, scale, *kind, reduction != "none",
         gradient,
     )  # fmt: skip
     return result

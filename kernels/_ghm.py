@@ -6,18 +6,23 @@ import triton.language as tl
 
 @triton.jit
 def add_counts(counts, key, soft, THRESHOLDS: tl.constexpr, EDGES: tl.constexpr):
-    """``counts``, with how many keys reach bin k added in slot k; a NaN reaches none."""
+    """``counts``, with how many keys reach bin k added in slot k; a NaN reaches none.
+
+    A comparison with a Python number would round that to fp32.
+    """
     slot = tl.arange(0, counts.shape[0])
     counts += tl.where(slot == 0, tl.sum((key == key).to(tl.int32), axis=0), 0)
     if soft is None:
         highest = tl.max(tl.where(key == key, key, float("-inf")), axis=0)
         for k in tl.static_range(len(THRESHOLDS)):
-            if highest >= THRESHOLDS[k]:
-                reach = tl.sum((key >= THRESHOLDS[k]).to(tl.int32), axis=0)
+            threshold = tl.full((), THRESHOLDS[k], key.dtype)
+            if highest >= threshold:
+                reach = tl.sum((key >= threshold).to(tl.int32), axis=0)
                 counts += tl.where(slot == k + 1, reach, 0)
     else:
         for k in tl.static_range(len(THRESHOLDS)):
-            reaches = tl.where(soft, key >= EDGES[k + 1], key >= THRESHOLDS[k])
+            threshold = tl.full((), THRESHOLDS[k], key.dtype)
+            reaches = tl.where(soft, key >= EDGES[k + 1], key >= threshold)
             counts += tl.where(slot == k + 1, tl.sum(reaches.to(tl.int32), axis=0), 0)
     return counts
 

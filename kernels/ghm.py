@@ -112,15 +112,16 @@ def _element(x, t, KIND: tl.constexpr):
     """Key, whether it is g (where KIND says that it may be), g, loss and slope."""
     MU: tl.constexpr = KIND[0]
     if MU is not None:
+        mu = tl.full((), MU, x.dtype)  # minimum and maximum take a number as fp32
         d = x - t
         a = tl.abs(d)
         # sqrt(d^2 + mu^2) that does not overflow before its result does.
-        larger = nan_max(a, MU)
-        ratio = tl.minimum(a, MU) / larger
+        larger = nan_max(a, mu)
+        ratio = tl.minimum(a, mu) / larger
         root = larger * tl.sqrt(1 + ratio * ratio)
         slope = d / root
         key = tl.where(a == float("inf"), float("nan"), a)  # as g is
-        return key, a != a, tl.abs(slope), a * (a / (root + MU)), slope
+        return key, a != a, tl.abs(slope), a * (a / (root + mu)), slope
     elif KIND[2] == PER_ROW:
         y = tl.where(t == 1, -x, x)
         p, _, loss = logistic(y, KIND[4])

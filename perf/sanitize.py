@@ -72,7 +72,7 @@ def calls(device: torch.device) -> None:
     ghmr_loss(x, random(131, 83), random(131, 83)).backward()
     # What a process group launches between its all-reduce and the loss.
     totals = _ghm_table.totals_of(x, targets, None, None, 30)
-    _ghm_table.table_from(totals, acc_sum, None, None, 30, 0.7, True, False)
+    _ghm_table.averaged_table_from(totals, acc_sum, None, None, 30, 0.7, True, False)
 
     for dtype in (torch.bfloat16, torch.float32):
         a = boxes(2, 133, dtype=dtype).requires_grad_()

@@ -30,7 +30,7 @@ def large_blocks() -> Iterator[None]:
 
 def members(x: Tensor, target: Tensor, mu: float | None, bins: int, reduce: bool) -> Any:
     """The bin of each element that the second pass looks up, 0 if the gradient is tiny."""
-    table = _ghm_table.table_of(x, target, None, None, None, mu, bins, 0.0, False)
+    table = _ghm_table.table_of(x, target, None, mu, bins)
     table[:bins] = torch.arange(1, bins + 1, device=x.device)
     table[bins] = bins
     options = (x, target, None, table)

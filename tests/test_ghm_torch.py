@@ -167,13 +167,18 @@ def test_opcheck(device: torch.device) -> None:
     w, acc = torch.rand(9, device=device), torch.ones(10, device=device)
     steps = torch.ones(10, dtype=torch.int64, device=device)
     ops = torch.ops.dlops
-    table = ops.ghm_table(x, labels, w, None, None, None, 10, 0.0, False)
+    table = ops.ghm_table(x, labels, w, None, 10)
     totals = ops.ghm_totals(x, labels, w, None, 10)
     for op, arguments in (
-        (ops.ghm_table.default, (x, labels, w, acc, steps, None, 10, 0.5, True)),
-        (ops.ghm_table.default, (x, x.mT.contiguous().mT, w, None, None, 0.02, 10, 0.0, False)),
+        (ops.ghm_table.default, (x, x.mT.contiguous().mT, w, 0.02, 10)),
+        (ops.ghm_averaged_table.default, (x, labels, w, acc, steps, None, 10, 0.5, True)),
+        (ops.ghm_averaged_table.default, (x, labels, w, acc, None, None, 10, 0.5, False)),
         (ops.ghm_totals.default, (x.double(), labels, None, None, 10)),
-        (ops.ghm_table_from.default, (totals, acc, steps, None, 10, 0.5, True, True)),
+        (ops.ghm_table_from.default, (totals, None, 10, False)),
+        (
+            ops.ghm_averaged_table_from.default,
+            (totals, acc, steps, None, 10, 0.5, True, True),
+        ),
         (ops.ghm_loss.default, (x, labels, w, table, table[-1], 1.0, None, 10, True, True)),
         (ops.ghm_loss.default, (x.mT, x.mT, None, table, None, 1.0, 0.1, 10, False, False)),
         (ops.ghm_bwd.default, (x.mT, x.mT, x.mT, None, table, 1.0, 0.1, 10)),

@@ -112,6 +112,15 @@ def test_opcheck(device: torch.device) -> None:
         torch.library.opcheck(op, arguments)
 
 
+def test_what_mutates_always_has_something_to_mutate() -> None:
+    """Inductor fails on an op all of whose mutable arguments are None."""
+    schemas = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("dlops::")]
+    assert len(schemas) > 20
+    for schema in schemas:
+        mutable = [a.type for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+        assert not mutable or any(t.kind() != "OptionalType" for t in mutable), schema
+
+
 class Everything(nn.Module):
     """A model's worth of calls."""
 
