@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ._boxes import between_centres, hull, penalty, share, slopes, turned
-from ._math import atan_ratio, box_area, box_overlap, div_rn, nan_max
+from ._math import atan_ratio, box_area, box_overlap, div_rn_sparse, nan_max
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def box_iou_fwd_kernel(
     w, h = box_overlap(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, OFFSET)
     inter = nan_max(w, 0.0) * nan_max(h, 0.0)
     below = _denominator(area_a, area_b, inter, KIND == "iof")
-    value = tl.where(below == 0, 0.0, div_rn(inter, below))
+    value = tl.where(below == 0, 0.0, div_rn_sparse(inter, below))
     if KIND != "iou" and KIND != "iof":
         c_w, c_h = hull(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, OFFSET)
         c_w, c_h = nan_max(c_w, 0.0), nan_max(c_h, 0.0)

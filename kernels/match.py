@@ -23,7 +23,7 @@ alone, 23 in the second pass before it divides, 49 at most.
 import triton
 import triton.language as tl
 
-from ._math import box_area, box_overlap, div_rn, nan_max, nan_min
+from ._math import box_area, box_overlap, div_rn_sparse, nan_max, nan_min
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _areas(w, h, gt, anchor):
 @triton.jit
 def _iou(inter, union):
     """-1 where it is undefined."""
-    iou = tl.where(union == 0, 0.0, div_rn(inter, union))
+    iou = tl.where(union == 0, 0.0, div_rn_sparse(inter, union))
     return tl.where(iou == iou, iou, -1.0)
 
 

@@ -36,8 +36,13 @@ def _decayed(
     if OFFSET != 0:
         w += OFFSET
         h += OFFSET
+    least = 0.0
+    if METHOD != "gaussian":
+        # 0 divides slowly. With this width, and at most the pivot's height, an IoU is no more than
+        # a third of the threshold.
+        least = tl.maximum((px2 - px1) * (threshold * 0.25), 0.0)
     # Where h < 0 this is not above 0 either, and the union is.
-    inter = tl.maximum(w, 0.0) * h
+    inter = tl.maximum(w, least) * h
     union = p_area + area - inter
     if METHOD == "gaussian":
         # The default maximum drops a NaN: what has no IoU keeps its score.

@@ -169,7 +169,7 @@ def _far(sizes: Sizes) -> float:
 
 def _torch_kernels(sizes: Sizes) -> int:
     """Sorting and gathering, by classes once more, and selecting."""
-    if sizes["n"] <= _nms.SORTED_BY_ONE[1]:
+    if sizes["n"] <= _nms.SORTED_BY_ONE:
         return 1
     return 18 if "classes" in sizes else 12
 
@@ -232,7 +232,7 @@ BENCH = Bench(
         "nms_suppress": {
             "BLOCK": (256, 512),
             "ROWS": (2, 4, 8),
-            "SHARE": (256, 1024),
+            "SHARE": (128, 256, 1024),
             "num_warps": (4, 8),
         },
     },
