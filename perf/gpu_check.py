@@ -107,7 +107,8 @@ def steps(results: Path, made: Path, since: str, commit: str | None = None) -> l
     return [
         Step(
             "tests",
-            (python, "-m", "pytest", "tests", "-q", *xdist),
+            # pytest-benchmark, where it is, warns of xdist, and a warning is an error.
+            (python, "-m", "pytest", "tests", "-q", "-p", "no:benchmark", *xdist),
             240,
             "tests.log",
             read_pytest,
