@@ -32,12 +32,18 @@ _COLOURS = {
     "measured3": ("#1d3a52", "#cfd8e6"),
     "measured4": ("#6b4a10", "#b08d57"),
     "measured5": ("#0f7f9e", "#8ff0ff"),
+    "measured6": ("#5f7a00", "#c3dc4a"),
+    "measured7": ("#9c4f2e", "#e8a184"),
+    "measured8": ("#5566a8", "#a9b8f0"),
     "predicted0": ("#6646fd", "#9b83ff"),
     "predicted1": ("#b8468a", "#f274b6"),
     "predicted2": ("#3c0a5e", "#e4d8f6"),
     "predicted3": ("#9f69ce", "#b56fd0"),
     "predicted4": ("#62022a", "#c9527e"),
     "predicted5": ("#3a2fb0", "#c6b0ff"),
+    "predicted6": ("#8a1fa8", "#ffd0f8"),
+    "predicted7": ("#7d6a8f", "#b9a6cc"),
+    "predicted8": ("#1f0f3f", "#6f78ff"),
 }
 THEMES = ("light", "dark")
 # No drawing has these for a reason of its own.
@@ -72,7 +78,7 @@ class Ink:
     def of(self, op: str, kind: str) -> str:
         """An op's colour, by the kind of its rows."""
         place = OPS.index(op) if op in OPS else len(OPS) + sum(op.encode())
-        return self[f"{kind}{place % 6}"]
+        return self[f"{kind}{place % 9}"]
 
     def tip(self, artist: Any, text: str) -> None:
         name = f"tip{len(self.tips)}"
