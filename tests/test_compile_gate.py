@@ -185,11 +185,14 @@ def test_the_resolver_reads_its_bitmask_in_vectors(gate: list[Record]) -> None:
 
 
 def test_instructions_per_pair_of_a_match(gate: list[Record]) -> None:
-    """fp32 on sm_90, when nothing is left out; and reductions by one instruction of the warp."""
+    """fp32 on sm_90, when nothing is left out; and reductions by one instruction of the warp.
+
+    Four of them spare an overlap of 0 the detour of the division, which is not counted.
+    """
     for record in gate:
         if record.target != "sm_90" or not record.case.startswith("match float32"):
             continue
         code, tile = record.code, record.constants["BLOCK_N"] * record.constants["BLOCK_M"]
-        assert code.loop_instructions * record.num_warps * 32 / tile <= 50, str(record)
+        assert code.loop_instructions * record.num_warps * 32 / tile <= 52, str(record)
         assert code.loop_counts["warp_reduction"] >= 2, str(record)
         assert code.loop_counts["shuffle"] == 0, str(record)

@@ -67,10 +67,10 @@ CALLS: dict[str, tuple[Callable[..., Any], int, int, int]] = {
         1, 0, 1,
     ),
     "nms of more than one program takes": (
-        lambda x, t, a, b: nms(a.repeat(60, 1), x[:, 0].repeat(60), 0.5), 2, 0, 1,
+        lambda x, t, a, b: nms(a.repeat(120, 1), x[:, 0].repeat(120), 0.5), 2, 0, 1,
     ),
     "batched_nms of more": (
-        lambda x, t, a, b: batched_nms(a.repeat(60, 1), x[:, 0].repeat(60), t.repeat(60), 0.5),
+        lambda x, t, a, b: batched_nms(a.repeat(120, 1), x[:, 0].repeat(120), t.repeat(120), 0.5),
         2, 0, 1,
     ),
     "nms_padded": (lambda x, t, a, b: nms_padded(a[None], x[None, :, 0], 0.5, max_output=9)[0],
