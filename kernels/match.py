@@ -17,7 +17,7 @@ Few tiles divide:
 
 Bytes: 16 (N + M) loaded per pass but for what caches hold, 12 N stored. Registers hold the rest.
 Instructions per pair on sm_90, fp32: 10 to 14 in a tile that is left out, 2 to 3 in one of padding
-alone, 23 in the second pass before it divides, 49 at most.
+alone, 23 in the second pass before it divides, 52 at most.
 """
 
 import triton

@@ -178,7 +178,7 @@ def _torch_kernels(sizes: Sizes) -> int:
 def _shrunk() -> Iterator[None]:
     """Small cases take the tiers of the cases they stand for, in bands of the least size."""
     with (
-        mock.patch.object(_nms, "SORTED_BY_ONE", 1040),
+        mock.patch.object(_nms, "SORTED_BY_ONE", 1040),  # the small case of 2,000 boxes
         mock.patch.object(_nms, "ONE_BAND", 2048),
         mock.patch.object(_nms, "MASK_BYTES", 1),
         mock.patch.object(_nms, "LARGEST_SEGMENT", 10**9),
