@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from dlops_triton.reference import soft_nms as reference
 
 Array = NDArray[Any]
-ULP = 2.0**-23
+ULP = 2.0**-23  # relative; never less than the step of the subnormal scores
+STEP = 2.0**-149
 
 
 def check(
@@ -24,8 +25,16 @@ def check(
     """The same indices, and scores within 4 ulp for every factor that they have."""
     indices, scores = want
     assert got[0] == indices.tolist()
-    bounds = [factors(boxes, idxs, offset, indices[:k], i) * 4 * ULP for k, i in enumerate(indices)]
-    assert (np.abs(got[1] - scores) <= np.array(bounds) * scores).all()
+    bounds = [
+        bound(scores[k], factors(boxes, idxs, offset, indices[:k], i))
+        for k, i in enumerate(indices)
+    ]
+    assert (np.abs(got[1] - scores) <= bounds).all()
+
+
+def bound(score: float, factors: int) -> float:
+    """How far rounding may take a score that so many factors have decayed."""
+    return 4 * max(ULP * score, STEP) * factors
 
 
 def factors(boxes: Array, idxs: Array | None, offset: int, picks: Array, i: int) -> int:
@@ -65,6 +74,7 @@ def until_rounding_decides(
         )
         assert alone[order].tolist() == [*indices[:here], i]
         current.append(emitted[-1])
-        bounds.append(4 * ULP * factors(boxes, idxs, offset, want[0][:here], i) * emitted[-1])
+        decays = factors(boxes, idxs, offset, want[0][:here], i)
+        bounds.append(bound(emitted[-1], decays))
     assert abs(current[0] - current[1]) <= sum(bounds)
     return (got[0][:here], got[1][:here]), (want[0][:here], want[1][:here])
