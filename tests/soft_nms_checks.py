@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from dlops_triton.reference import soft_nms as reference
 
 Array = NDArray[Any]
-ULP = 2.0**-23  # relative; never less than the step of the subnormal scores
-STEP = 2.0**-149
+ULP = 2.0**-23  # relative
+STEP = 2.0**-149  # absolute, of subnormal scores
 
 
 def check(
@@ -32,9 +32,9 @@ def check(
     assert (np.abs(got[1] - scores) <= bounds).all()
 
 
-def bound(score: float, factors: int) -> float:
+def bound(score: float, decays: int) -> float:
     """How far rounding may take a score that so many factors have decayed."""
-    return 4 * max(ULP * score, STEP) * factors
+    return 4 * max(ULP * score, STEP) * decays
 
 
 def factors(boxes: Array, idxs: Array | None, offset: int, picks: Array, i: int) -> int:

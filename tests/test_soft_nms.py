@@ -100,9 +100,7 @@ def test_agrees_with_the_peers(
 
 @pytest.mark.parametrize("method", METHODS)
 @given(seed=st.integers(0, 2**32 - 1))
-@example(
-    seed=268
-)  # gaussian: scores that fade to subnormal ones, the last to less than half a step
+@example(seed=268)  # gaussian: scores fade to subnormal ones, the last to less than half a step
 @settings(deadline=None, suppress_health_check=list(HealthCheck))
 def test_matches_the_definition(method: str, seed: int) -> None:
     """200 sets a method, of one or several sweeps; 5,000 with --hypothesis-profile=thorough."""
