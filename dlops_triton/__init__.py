@@ -1,6 +1,7 @@
 """Detection and recognition kernels in Triton, as drop-in torch functions."""
 
 from ._dispatch import implementation
+from .deform import deform_conv2d, deform_sample
 from .focal import sigmoid_focal_loss
 from .ghm import ghmc_loss, ghmr_loss
 from .iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou
@@ -22,6 +23,8 @@ __all__ = [
     "box_match",
     "complete_box_iou",
     "complete_box_iou_loss",
+    "deform_conv2d",
+    "deform_sample",
     "distance_box_iou",
     "distance_box_iou_loss",
     "generalized_box_iou",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -126,6 +126,17 @@ def inline_ptx(device: torch.device) -> bool:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the arithmetic: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def precision(dtype: torch.dtype) -> Literal["tf32", "ieee"]:
+    """How ``tl.dot`` multiplies: in fp32 as torch's flag for matrix products says."""
+    if dtype != torch.float32:
+        return "ieee"
+    flags = torch.backends.cuda.matmul
+    # The older flag refuses to be read once the newer, of torch 2.9, is in use.
+    newer = getattr(flags, "fp32_precision", None)
+    allowed = flags.allow_tf32 if newer is None else newer == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def to_numpy(t: Tensor) -> npt.NDArray[Any]:

@@ -111,10 +111,16 @@ class _Gate:
             case=self._case,
             kernel=fn.name,
             target=self._target,
-            constants={names[path[0]]: _plain(v) for path, v in compile["constants"].items()},
+            constants={
+                _element(names[path[0]], path): _plain(v)
+                for path, v in compile["constants"].items()
+            },
             arguments={
-                name: " ".join((kind, *(f"{a[0]}={a[1]}" for a in attributes.get((i,), ()))))
-                for i, (name, kind) in enumerate(compile["signature"].items())
+                _element(name, path): " ".join(
+                    (kind, *(f"{a[0]}={a[1]}" for a in attributes.get(path, ())))
+                )
+                for i, (name, kinds) in enumerate(compile["signature"].items())
+                for path, kind in _elements(kinds, (i,))
                 if kind != "constexpr"
             },
             num_warps=compile["num_warps"],
@@ -126,6 +132,19 @@ class _Gate:
     def _write(self, record: Record) -> None:
         with self._file.open("a") as out:
             out.write(json.dumps({"job": len(self._seen)} | asdict(record)) + "\n")
+
+
+def _elements(kinds: Any, path: tuple[int, ...]) -> Iterable[tuple[tuple[int, ...], str]]:
+    """The types of an argument, which may be a tuple, by where they stand."""
+    if isinstance(kinds, str):
+        yield path, kinds
+    else:
+        for i, kind in enumerate(kinds):
+            yield from _elements(kind, (*path, i))
+
+
+def _element(name: str, path: tuple[int, ...]) -> str:
+    return name + "".join(f"[{i}]" for i in path[1:])
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,178 @@
+"""Deformable convolution (Dai et al., ICCV 2017; v2: Zhu et al., CVPR 2019), in float64.
+
+An image is framed with a pixel of zeros, so that all four corners of a sample exist, and rows of
+channels are taken from it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Pair = tuple[int, int]
+
+
+class Geometry(NamedTuple):
+    """(y, x) of each."""
+
+    kernel_size: Pair
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+
+
+class _Samples(NamedTuple):
+    """Where the taps of a kernel look, each [B, G, K, L] for G offset groups, K taps, L outputs."""
+
+    rows: Array  # [2, 2, B, G, K, L]: of the framed images' pixels, for the corners by y and by x
+    y: Array  # distance from the upper corners, in [0, 1)
+    x: Array  # distance from the left corners
+    inside: Array
+    unknown: Array  # where a coordinate is NaN
+
+
+def sample(x: Array, offset: Array, mask: Array | None, geometry: Geometry) -> Array:
+    """[B, C * K, L] float64: the columns that the convolution multiplies with its weights.
+
+    x: [B, C, H, W]; offset: [B, 2 * G * K, Ho, Wo]; mask: [B, G * K, Ho, Wo]; L = Ho * Wo.
+    """
+    samples = _samples(x.shape, offset, geometry)
+    values = _interpolated(_corners(x, samples), samples)
+    if mask is not None:
+        values = values * _by_sample(mask, samples)[..., None]
+    return _to_columns(values)
+
+
+def sample_grad(
+    x: Array, offset: Array, mask: Array | None, geometry: Geometry, grad: Array
+) -> tuple[Array, Array, Array]:
+    """Gradients of ``sum(grad * sample(...))`` by x, offset and mask (as if ones, if None)."""
+    samples = _samples(x.shape, offset, geometry)
+    b, c = x.shape[:2]
+    g, k, length = samples.y.shape[1:]
+    each = grad.astype(np.float64).reshape(b, g, c // g, k, length).transpose(0, 1, 3, 4, 2)
+    m = np.ones_like(samples.y) if mask is None else _by_sample(mask, samples)
+    corners = _corners(x, samples)
+    by_corner = (corners * each).sum(-1)  # what the result grows by with a corner's weight
+    wy = np.stack([1 - samples.y, samples.y])[:, None]
+    wx = np.stack([1 - samples.x, samples.x])[None, :]
+    d_mask = (wy * wx * by_corner).sum((0, 1))
+    d_y = m * (wx * (by_corner[1] - by_corner[0])).sum((0, 1))
+    d_x = m * (wy * (by_corner[:, 1] - by_corner[:, 0])[:, None]).sum((0, 1))
+    for d in (d_y, d_x):
+        d[~samples.inside] = 0
+    for d in (d_mask, d_y, d_x):
+        d[samples.unknown] = np.nan
+    d_image = np.zeros((b * (x.shape[2] + 2) * (x.shape[3] + 2), g, c // g))
+    reached = samples.inside & ~samples.unknown
+    group = np.broadcast_to(np.arange(g)[:, None, None], reached.shape)[reached]
+    by_corner = samples.rows.reshape(4, *m.shape), (wy * wx).reshape(4, *m.shape)
+    for rows, weights in zip(*by_corner, strict=True):
+        share = (weights * m)[reached][:, None] * each[reached]
+        np.add.at(d_image, (rows[reached], group), share)
+    d_image = d_image.reshape(b, x.shape[2] + 2, x.shape[3] + 2, c)[:, 1:-1, 1:-1]
+    by_image = offset.shape[2:]
+    return (
+        np.ascontiguousarray(d_image.transpose(0, 3, 1, 2)),
+        np.stack([d_y, d_x], 3).reshape(b, 2 * g * k, *by_image),
+        d_mask.reshape(b, g * k, *by_image),
+    )
+
+
+def conv2d(
+    x: Array,
+    offset: Array,
+    mask: Array | None,
+    weight: Array,
+    bias: Array | None,
+    geometry: Geometry,
+) -> Array:
+    """[B, Co, Ho, Wo] float64; weight: [Co, C / groups, kh, kw]."""
+    weights = _grouped(weight, x.shape[1])
+    columns = sample(x, offset, mask, geometry).reshape(
+        x.shape[0], weights.shape[0], weights.shape[2], -1
+    )
+    out = (weights @ columns).reshape(x.shape[0], weight.shape[0], *offset.shape[2:])
+    return out if bias is None else out + bias.astype(np.float64)[:, None, None]
+
+
+def conv2d_grad(
+    x: Array, offset: Array, mask: Array | None, weight: Array, geometry: Geometry, grad: Array
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Gradients of ``sum(grad * conv2d(...))`` by x, offset, mask, weight and bias."""
+    grad = grad.astype(np.float64)
+    weights = _grouped(weight, x.shape[1])
+    columns = sample(x, offset, mask, geometry)
+    by_group = columns.reshape(x.shape[0], weights.shape[0], weights.shape[2], -1)
+    d_out = grad.reshape(x.shape[0], *weights.shape[:2], -1)
+    d_columns = (weights.swapaxes(1, 2) @ d_out).reshape(columns.shape)
+    d_weight = (d_out @ by_group.swapaxes(2, 3)).sum(0).reshape(weight.shape)
+    by_sample = sample_grad(x, offset, mask, geometry, d_columns)
+    return (*by_sample, d_weight, grad.sum((0, 2, 3)))
+
+
+def _samples(shape: tuple[int, ...], offset: Array, geometry: Geometry) -> _Samples:
+    b, _, height, width = shape
+    (kh, kw), stride, padding, dilation = geometry
+    out_h, out_w = offset.shape[2:]
+    off = offset.astype(np.float64).reshape(b, -1, kh, kw, 2, out_h, out_w)
+    with np.errstate(invalid="ignore"):
+        y = off[:, :, :, :, 0] + (
+            (np.arange(kh) * dilation[0] - padding[0])[:, None, None, None]
+            + (np.arange(out_h) * stride[0])[:, None]
+        )
+        x = off[:, :, :, :, 1] + (
+            (np.arange(kw) * dilation[1] - padding[1])[:, None, None] + np.arange(out_w) * stride[1]
+        )
+        inside = ~((y <= -1) | (y >= height) | (x <= -1) | (x >= width))
+        unknown = inside & (np.isnan(y) | np.isnan(x))
+        # Outside, and where it is not known where, all corners are in the frame.
+        y, x = (np.where(inside & ~unknown, v, -1) for v in (y, x))
+    y, x, inside, unknown = (
+        v.reshape(b, -1, kh * kw, out_h * out_w) for v in (y, x, inside, unknown)
+    )
+    top, left = (np.floor(v).astype(np.int64) for v in (y, x))
+    images = np.arange(b)[:, None, None, None] * ((height + 2) * (width + 2))
+    first = images + (top + 1) * (width + 2) + left + 1
+    known = inside & ~unknown
+    step_y, step_x = (np.where(known, v, 0) for v in (width + 2, 1))
+    rows = np.stack(
+        [np.stack([first, first + step_x]), np.stack([first + step_y, first + step_y + step_x])]
+    )
+    return _Samples(rows, y - top, x - left, inside, unknown)
+
+
+def _corners(x: Array, samples: _Samples) -> Array:
+    """[2, 2, B, G, K, L, C / G]: the pixels around each sample, zero beyond the border."""
+    b, c, height, width = x.shape
+    g = samples.y.shape[1]
+    framed = np.zeros((b, height + 2, width + 2, c))
+    framed[:, 1:-1, 1:-1] = x.transpose(0, 2, 3, 1)
+    groups = framed.reshape(-1, g, c // g)
+    return groups[samples.rows, np.arange(g)[:, None, None]]
+
+
+def _interpolated(corners: Array, samples: _Samples) -> Array:
+    y, x = samples.y[..., None], samples.x[..., None]
+    upper = corners[0, 0] * (1 - x) + corners[0, 1] * x
+    lower = corners[1, 0] * (1 - x) + corners[1, 1] * x
+    return np.where(samples.unknown[..., None], np.nan, upper * (1 - y) + lower * y)
+
+
+def _by_sample(mask: Array, samples: _Samples) -> Array:
+    return mask.astype(np.float64).reshape(samples.y.shape)
+
+
+def _to_columns(values: Array) -> Array:
+    """[B, G, K, L, C / G] to [B, C * K, L], channels before taps."""
+    b, g, k, length, channels = values.shape
+    return values.transpose(0, 1, 4, 2, 3).reshape(b, g * channels * k, length)
+
+
+def _grouped(weight: Array, channels: int) -> Array:
+    """[groups, Co / groups, C / groups * K] float64."""
+    groups = channels // weight.shape[1]
+    return weight.astype(np.float64).reshape(groups, weight.shape[0] // groups, -1)
