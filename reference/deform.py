@@ -1,7 +1,8 @@
 """Deformable convolution (Dai et al., ICCV 2017; v2: Zhu et al., CVPR 2019), in float64.
 
 An image is framed with a pixel of zeros, so that all four corners of a sample exist, and rows of
-channels are taken from it.
+channels are taken from it, one corner after the other: all four at once take so much memory that
+most of the time would go into getting it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Pair = tuple[int, int]
+CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # of a sample's cell: is it lower, is it right
 
 
 class Geometry(NamedTuple):
@@ -27,7 +29,7 @@ class Geometry(NamedTuple):
 class _Samples(NamedTuple):
     """Where the taps of a kernel look, each [B, G, K, L] for G offset groups, K taps, L outputs."""
 
-    rows: Array  # [2, 2, B, G, K, L]: of the framed images' pixels, for the corners by y and by x
+    rows: Array  # [2, 2, B, G, K, L]: of `_framed`, for the corners by y and by x
     y: Array  # distance from the upper corners, in [0, 1)
     x: Array  # distance from the left corners
     inside: Array
@@ -40,9 +42,14 @@ def sample(x: Array, offset: Array, mask: Array | None, geometry: Geometry) -> A
     x: [B, C, H, W]; offset: [B, 2 * G * K, Ho, Wo]; mask: [B, G * K, Ho, Wo]; L = Ho * Wo.
     """
     samples = _samples(x.shape, offset, geometry)
-    values = _interpolated(_corners(x, samples), samples)
+    pixels = _framed(x, samples)
+    wy, wx = _weights(samples)
+    values = np.zeros((*samples.y.shape, pixels.shape[1]))
+    for j, i in CORNERS:
+        values += pixels[samples.rows[j, i]] * (wy[j] * wx[i])[..., None]
+    values[samples.unknown] = np.nan
     if mask is not None:
-        values = values * _by_sample(mask, samples)[..., None]
+        values *= _by_sample(mask, samples)[..., None]
     return _to_columns(values)
 
 
@@ -51,29 +58,29 @@ def sample_grad(
 ) -> tuple[Array, Array, Array]:
     """Gradients of ``sum(grad * sample(...))`` by x, offset and mask (as if ones, if None)."""
     samples = _samples(x.shape, offset, geometry)
-    b, c = x.shape[:2]
-    g, k, length = samples.y.shape[1:]
+    pixels = _framed(x, samples)
+    (b, c, height, width), (g, k, length) = x.shape, samples.y.shape[1:]
     each = grad.astype(np.float64).reshape(b, g, c // g, k, length).transpose(0, 1, 3, 4, 2)
+    each = np.ascontiguousarray(each)
     m = np.ones_like(samples.y) if mask is None else _by_sample(mask, samples)
-    corners = _corners(x, samples)
-    by_corner = (corners * each).sum(-1)  # what the result grows by with a corner's weight
-    wy = np.stack([1 - samples.y, samples.y])[:, None]
-    wx = np.stack([1 - samples.x, samples.x])[None, :]
-    d_mask = (wy * wx * by_corner).sum((0, 1))
-    d_y = m * (wx * (by_corner[1] - by_corner[0])).sum((0, 1))
-    d_x = m * (wy * (by_corner[:, 1] - by_corner[:, 0])[:, None]).sum((0, 1))
+    wy, wx = _weights(samples)
+    d_mask, d_y, d_x = np.zeros((3, *m.shape))
+    d_pixels = np.zeros(pixels.size)
+    for j, i in CORNERS:
+        rows = samples.rows[j, i]
+        # What the result grows by with the corner's weight, and the weight with y and with x.
+        growth = (pixels[rows] * each).sum(-1)
+        d_mask += wy[j] * wx[i] * growth
+        d_y += m * (2 * j - 1) * wx[i] * growth
+        d_x += m * (2 * i - 1) * wy[j] * growth
+        # Of a sample that sees nothing the row is of the frame, which is cut off below.
+        share = (wy[j] * wx[i] * m)[..., None] * each
+        np.add.at(d_pixels, _elements(rows, c // g), share.reshape(-1))
     for d in (d_y, d_x):
         d[~samples.inside] = 0
     for d in (d_mask, d_y, d_x):
         d[samples.unknown] = np.nan
-    d_image = np.zeros((b * (x.shape[2] + 2) * (x.shape[3] + 2), g, c // g))
-    reached = samples.inside & ~samples.unknown
-    group = np.broadcast_to(np.arange(g)[:, None, None], reached.shape)[reached]
-    by_corner = samples.rows.reshape(4, *m.shape), (wy * wx).reshape(4, *m.shape)
-    for rows, weights in zip(*by_corner, strict=True):
-        share = (weights * m)[reached][:, None] * each[reached]
-        np.add.at(d_image, (rows[reached], group), share)
-    d_image = d_image.reshape(b, x.shape[2] + 2, x.shape[3] + 2, c)[:, 1:-1, 1:-1]
+    d_image = d_pixels.reshape(b, height + 2, width + 2, c)[:, 1:-1, 1:-1]
     by_image = offset.shape[2:]
     return (
         np.ascontiguousarray(d_image.transpose(0, 3, 1, 2)),
@@ -136,30 +143,33 @@ def _samples(shape: tuple[int, ...], offset: Array, geometry: Geometry) -> _Samp
     )
     top, left = (np.floor(v).astype(np.int64) for v in (y, x))
     images = np.arange(b)[:, None, None, None] * ((height + 2) * (width + 2))
-    first = images + (top + 1) * (width + 2) + left + 1
+    pixels = images + (top + 1) * (width + 2) + left + 1
+    groups = top.shape[1]
+    first = pixels * groups + np.arange(groups)[:, None, None]
     known = inside & ~unknown
-    step_y, step_x = (np.where(known, v, 0) for v in (width + 2, 1))
+    step_y, step_x = (np.where(known, v, 0) for v in (groups * (width + 2), groups))
     rows = np.stack(
         [np.stack([first, first + step_x]), np.stack([first + step_y, first + step_y + step_x])]
     )
     return _Samples(rows, y - top, x - left, inside, unknown)
 
 
-def _corners(x: Array, samples: _Samples) -> Array:
-    """[2, 2, B, G, K, L, C / G]: the pixels around each sample, zero beyond the border."""
+def _framed(x: Array, samples: _Samples) -> Array:
+    """[B * (H + 2) * (W + 2) * G, C / G]: the pixels, zero beyond the border, group by group."""
     b, c, height, width = x.shape
-    g = samples.y.shape[1]
     framed = np.zeros((b, height + 2, width + 2, c))
     framed[:, 1:-1, 1:-1] = x.transpose(0, 2, 3, 1)
-    groups = framed.reshape(-1, g, c // g)
-    return groups[samples.rows, np.arange(g)[:, None, None]]
+    return framed.reshape(-1, c // samples.y.shape[1])
 
 
-def _interpolated(corners: Array, samples: _Samples) -> Array:
-    y, x = samples.y[..., None], samples.x[..., None]
-    upper = corners[0, 0] * (1 - x) + corners[0, 1] * x
-    lower = corners[1, 0] * (1 - x) + corners[1, 1] * x
-    return np.where(samples.unknown[..., None], np.nan, upper * (1 - y) + lower * y)
+def _weights(samples: _Samples) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """Of the corners, by y and by x; a corner's weight is the product of two."""
+    return (1 - samples.y, samples.y), (1 - samples.x, samples.x)
+
+
+def _elements(rows: Array, length: int) -> Array:
+    """Where the elements of such rows lie, one after the other: numpy adds fastest to numbers."""
+    return (rows[..., None] * length + np.arange(length)).reshape(-1)
 
 
 def _by_sample(mask: Array, samples: _Samples) -> Array:
