@@ -4,13 +4,15 @@
     python examples/digits_detector.py --quick    # half a minute, and a weaker detector
     python examples/digits_detector.py --loss all # one detector with each loss, compared
     python examples/digits_detector.py --nms all  # one detector, each NMS on crowded scenes
+    python examples/digits_detector.py --dcn      # with a deformable layer and without, compared
 
 An anchor-free, FCOS-like network: every fourth pixel, both ways, says which digit is centred there
 and how far its box extends. `box_match` says which points should see a digit, `--loss` what trains
 the classes, by default `sigmoid_focal_loss`, and `generalized_box_iou_loss` trains the boxes.
 `--nms` says what removes the duplicates, by default `batched_nms`, else `soft_nms`; `box_iou` tells
 hits from misses in the pictures, and pycocotools' COCOeval judges the result, on writers and on
-parts of the photographs that the network has never seen. Ctrl-C ends the training early; what was
+parts of the photographs that the network has never seen. `--dcn` turns and slants the digits, and
+puts `deform_conv2d` in the place of one convolution. Ctrl-C ends the training early; what was
 learnt so far is saved and evaluated.
 """
 
@@ -22,10 +24,12 @@ import platform
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import triton
+from digits_dcn import LAYERS, plot_sampling, verdict
 from digits_losses import NAMES, class_loss, plot_gradients
 from digits_network import Detector, targets
 from digits_nms import METHODS, Detections, detect, print_crowded
@@ -41,6 +45,7 @@ from dlops_triton import (
     batched_nms,
     box_iou,
     box_match,
+    deform_conv2d,
     generalized_box_iou_loss,
     ghmc_loss,
     sigmoid_focal_loss,
@@ -57,24 +62,29 @@ OPS = (
     batched_nms,
     soft_nms,
     box_iou,
+    deform_conv2d,
 )
 BATCH = 4
 # A bar that redraws itself in a terminal, and a line now and then in a log file.
 BAR = {"mininterval": 0.2 if sys.stderr.isatty() else 10, "ncols": 88}
 
 
-def train(model: Detector, scenes: Scenes, steps: int, seed: int) -> list[tuple[float, float]]:
+def train(
+    model: Detector, scenes: Scenes, steps: int, seed: int, title: str
+) -> list[tuple[float, float]]:
     """Train `model` in place; return the two losses of every step. Ctrl-C ends it early."""
     of_classes = class_loss(model.loss, model.points.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps, pct_start=0.2)
+    rates = [4e-3, 4e-3 / 10]  # the lower one for what computes offsets, as in the paper
+    groups = [{"params": parameters} for parameters in model.parameter_groups()]
+    optimizer = torch.optim.AdamW(groups)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=0.2)
     shuffle = torch.Generator().manual_seed(seed)
     device = scenes.images.device
     losses: list[tuple[float, float]] = []
     model.train()
     with (
         contextlib.suppress(KeyboardInterrupt),
-        tqdm(range(steps), f"training, {model.loss}", unit="step", **BAR) as bar,
+        tqdm(range(steps), f"training, {title}", unit="step", **BAR) as bar,
     ):
         for _ in bar:
             batch = torch.randint(len(scenes.images), (BATCH,), generator=shuffle).to(device)
@@ -142,6 +152,11 @@ def arguments() -> argparse.Namespace:
         default="hard",
         help="all: compare them, where it crowds",
     )
+    parser.add_argument(
+        "--dcn",
+        action="store_true",
+        help="compare a deformable layer with a plain one, on digits turned and slanted",
+    )
     parser.add_argument("--quick", action="store_true", help="fewer steps and fewer scenes")
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of training (default 0)")
@@ -150,24 +165,33 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.loss == args.nms == "all":
         parser.error("--nms all compares on one detector: choose one --loss with it")
+    if args.dcn and "all" in (args.loss, args.nms):
+        parser.error("--dcn compares two layers: choose one --loss and one --nms with it")
     args.steps = args.steps or (300 if args.quick else 1500)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     return args
 
 
-def run(loss: str, args: argparse.Namespace, out: Path, scenes: Scenes, held_out: Scenes) -> dict:
-    """Train a detector with one loss, and leave what it is worth in `out`; empty if nothing is."""
+def run(
+    name: str, args: argparse.Namespace, out: Path, scenes: Scenes, held_out: Scenes
+) -> dict[str, Any]:
+    """Train the detector `name`, a loss or one of LAYERS, and leave what it is worth in `out`.
+
+    Empty if nothing was learnt.
+    """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    model = Detector(loss).to(args.device)
+    loss = args.loss if args.dcn else name
+    model = Detector(loss, dcn=name == "deformable").to(args.device)
     started = time.perf_counter()
-    losses = train(model, scenes, args.steps, args.seed)
+    losses = train(model, scenes, args.steps, args.seed, name)
     seconds = time.perf_counter() - started
     if not losses:
         return {}
     metrics = {
         "loss": loss,
+        **({"layer": name} if args.dcn else {}),
         "nms": METHODS[0] if args.nms == "all" else args.nms,
         "steps": len(losses),
         "interrupted": len(losses) < args.steps,
@@ -202,6 +226,8 @@ def run(loss: str, args: argparse.Namespace, out: Path, scenes: Scenes, held_out
         logits, _ = model(some.images)
     labels, _ = targets(model.points, some.boxes, some.labels)
     plot_gradients(out / "gradients.png", loss, logits, labels)
+    if name == "deformable":
+        plot_sampling(args.out / "sampling.png", model, held_out)
     return metrics
 
 
@@ -223,35 +249,40 @@ def main() -> int:
     count = 600 if args.quick else 1500
     # To be judged in crowded scenes, the detector trains on as many of them as of the others.
     crowded = count // 2 if args.nms == "all" else 0
-    scenes = compose("train", count - crowded, args.seed, **BAR)
+    scenes = compose("train", count - crowded, args.seed, deformed=args.dcn, **BAR)
     if crowded:
         more = compose("train", crowded, args.seed, crowded=True, **BAR)
         scenes = Scenes(*(torch.cat(pair) for pair in zip(scenes, more, strict=True)))
     scenes = scenes.to(args.device)
     # The held-out scenes are the same whatever the seed, so that runs can be compared.
-    held_out = compose("held-out", 100 if args.quick else 200, 0, **BAR).to(args.device)
+    held_out = compose("held-out", 100 if args.quick else 200, 0, deformed=args.dcn, **BAR)
+    held_out = held_out.to(args.device)
+    kind = "layer" if args.dcn else "loss"
+    names = LAYERS if args.dcn else NAMES if args.loss == "all" else (args.loss,)
     found = []
-    for loss in NAMES if args.loss == "all" else (args.loss,):
-        found.append(
-            run(loss, args, args.out / loss if args.loss == "all" else args.out, scenes, held_out)
-        )
+    for name in names:
+        out = args.out / name if len(names) > 1 else args.out
+        found.append(run(name, args, out, scenes, held_out))
         if not found[-1] or found[-1]["interrupted"]:
             break
     if not found[0]:
         print("Interrupted before anything was learnt.")
         return 130
     digits = int((held_out.labels < CLASSES).sum())
-    print(f"\n{digits:,} digits in {len(held_out.images)} held-out scenes")
-    print(f"{'loss':16}{'AP':>8}{'AP50':>8}{'AP75':>8}{'steps/s':>9}")
+    turned = ", turned and slanted" * args.dcn
+    print(f"\n{digits:,} digits{turned} in {len(held_out.images)} held-out scenes")
+    print(f"{kind:16}{'AP':>8}{'AP50':>8}{'AP75':>8}{'steps/s':>9}")
     for row in filter(None, found):
         precision = "".join(f"{row[name]:8.3f}" for name in ("AP", "AP50", "AP75"))
-        print(f"{row['loss']:16}{precision}{row['steps_per_second']:9.1f}")
+        print(f"{row[kind]:16}{precision}{row['steps_per_second']:9.1f}")
     if found[0].get("crowded"):
         print_crowded(found[0]["crowded"], len(held_out.images))
+    if args.dcn and len(found) == 2 and all(found):
+        print(verdict(*(row["AP"] for row in found)))
     print(
         f"\ndetections.png, gradients.png, loss.png, {'nms.png, ' * (args.nms == 'all')}"
         f"metrics.json and model.pt are in {args.out}"
-        + (", in a folder for each loss" if args.loss == "all" else "")
+        + (f", in a folder for each {kind}" if len(names) > 1 else "")
     )
     return 130 if not found[-1] or found[-1]["interrupted"] else 0
 

@@ -12,6 +12,7 @@ from digits_scenes import CLASSES, SIZE
 from torch import Tensor, nn
 
 from dlops_triton import box_match
+from dlops_triton.nn import ModulatedDeformConv2dPack
 
 STRIDE = 4  # pixels from one point of prediction to the next
 HEIGHTS = (15, 19, 24, 31, 40)  # of a point's anchors; two thirds as wide, as most digits are
@@ -39,13 +40,31 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
+def deformable(plain: nn.Conv2d) -> ModulatedDeformConv2dPack:
+    """A deformable layer to take the place of `plain`: with its weights, and at first its taps.
+
+    At first all masks are a half, which a BatchNorm after it makes up for.
+    """
+    layer = ModulatedDeformConv2dPack(
+        plain.in_channels,
+        plain.out_channels,
+        plain.kernel_size,
+        plain.stride,
+        plain.padding,
+        bias=False,
+    )
+    layer.weight = plain.weight
+    return layer
+
+
 class Detector(nn.Module):
     """From images [B, 3, SIZE, SIZE] to class logits [B, P, C] and boxes [B, P, 4].
 
-    C is CLASSES, or one more if ``loss`` is a softmax's.
+    C is CLASSES, or one more if ``loss`` is a softmax's. With ``dcn`` the last 3 x 3 convolution of
+    the coarse half, every eighth pixel, is deformable.
     """
 
-    def __init__(self, loss: str = "focal", width: int = 48):
+    def __init__(self, loss: str = "focal", width: int = 48, dcn: bool = False):
         super().__init__()
         self.loss = loss
         self.stem = nn.Sequential(conv(3, width // 2, 2), conv(width // 2, width, 2))
@@ -67,9 +86,19 @@ class Detector(nn.Module):
         if outputs(loss) > CLASSES:
             nn.init.zeros_(self.classes[-1].bias[CLASSES:])
         nn.init.constant_(self.sides[-1].bias, math.log(10))
+        if dcn:  # once all is drawn at random, so that nothing else is different
+            last = self.coarse[2].body[1]
+            last[0] = deformable(last[0])
         ticks = STRIDE * (torch.arange(SIZE // STRIDE) + 0.5)
         self.register_buffer("points", torch.cartesian_prod(ticks, ticks).flip(1))  # [P, 2], xy
         self.to(memory_format=torch.channels_last)
+
+    def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """All others, and those that compute the offsets and masks of the deformable layer."""
+        offsets, others = [], []
+        for name, parameter in self.named_parameters():
+            (offsets if "conv_offset" in name else others).append(parameter)
+        return others, offsets
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = (images / 127.5 - 1).contiguous(memory_format=torch.channels_last)

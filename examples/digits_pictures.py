@@ -32,6 +32,7 @@ def match(found: Detections, boxes: Tensor, labels: Tensor) -> tuple[list[bool],
 
 
 RIGHT, WRONG, FOUND, MISSED = "#4cc9ff", "#ff6b4a", "#ffffff", "#ffe14d"
+LEGEND = {"facecolor": "#444444", "labelcolor": "white", "handlelength": 3}
 MIN_SCORE = 0.4  # of a detection that is drawn
 
 
@@ -103,8 +104,7 @@ def finish(figure: Figure, title: str, path: Path) -> None:
         "ground truth, missed": (MISSED, "--"),
     }
     keys = [Line2D([], [], color=c, ls=style, label=name) for name, (c, style) in names.items()]
-    style = {"facecolor": "#444444", "labelcolor": "white", "handlelength": 3}
-    figure.legend(handles=keys, loc="outside lower center", ncols=4, **style)
+    figure.legend(handles=keys, loc="outside lower center", ncols=4, **LEGEND)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
 

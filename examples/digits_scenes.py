@@ -3,7 +3,8 @@
 The digits are scikit-learn's `load_digits`, the backgrounds its two sample photographs, so nothing
 is downloaded. A scene holds 5 to 15 digits, 14 to 44 pixels tall, each in a colour that stands out
 from what lies under it. They overlap, but no digit hides another. In a crowded scene most come in
-pairs: beside a digit, and much in its way, another of the same class and about the same height.
+pairs: beside a digit, and much in its way, another of the same class and about the same height. In
+a deformed scene digits are turned and slanted much further than by a hand.
 """
 
 from typing import NamedTuple
@@ -21,6 +22,10 @@ CLASSES = 10
 MIN_DIGITS, MAX_DIGITS = 5, 15
 MAX_OVERLAP = 0.4  # of two boxes, as a share of the smaller one
 PAIR_IOU = (0.3, 0.7)  # of the boxes of a pair, in crowded scenes
+# The most that a digit turns, in radians, and slants, as a share of its height. A 6 turned by half
+# a circle is a 9, so a deformed one turns by at most a sixth.
+TURN, SLANT = 0.15, 0.15
+DEFORMED_TURN, DEFORMED_SLANT = np.pi / 3, 0.5
 
 # load_digits has no column for the writer, but its 1,797 rows are 14 forms of about 130 digits, one
 # after the other: each is the same dictation and begins 0..9, 0..9, 0..9. The forms of a writer lie
@@ -40,9 +45,16 @@ class Scenes(NamedTuple):
         return Scenes(*(t.to(device) for t in self))
 
 
-def compose(split: str, count: int, seed: int, crowded: bool = False, **bar: object) -> Scenes:
+def compose(
+    split: str,
+    count: int,
+    seed: int,
+    crowded: bool = False,
+    deformed: bool = False,
+    **bar: object,
+) -> Scenes:
     """Compose `count` scenes of `split`, "train" or "held-out"."""
-    composer = _Composer(split, seed)
+    composer = _Composer(split, seed, deformed)
     images = np.empty((count, SIZE, SIZE, 3), np.uint8)
     boxes = np.zeros((count, MAX_DIGITS, 4), np.float32)
     labels = np.full((count, MAX_DIGITS), CLASSES)
@@ -59,13 +71,14 @@ def compose(split: str, count: int, seed: int, crowded: bool = False, **bar: obj
 
 
 class _Composer:
-    def __init__(self, split: str, seed: int):
+    def __init__(self, split: str, seed: int, deformed: bool = False):
         digits = load_digits()
         ink = digits.images[DIGITS[split]].astype(np.float32) / 16
         self.digits = np.pad(ink, ((0, 0), (2, 2), (2, 2)))  # [rows, 12, 12], ink in [0, 1]
         self.labels = digits.target[DIGITS[split]]
         self.photos = [photo[:, PHOTOS[split]] for photo in load_sample_images().images]
         self.rng = np.random.default_rng(seed)
+        self.turn, self.slant = (DEFORMED_TURN, DEFORMED_SLANT) if deformed else (TURN, SLANT)
 
     def scene(self, crowded: bool) -> tuple[NDArray, NDArray, list[int]]:
         canvas = self.background()
@@ -126,7 +139,7 @@ class _Composer:
     def ink(self, digit: NDArray, height: float) -> NDArray:
         """The digit enlarged, a little stretched, turned and slanted, and cropped to its ink."""
         stretch = self.rng.uniform(0.85, 1.15)
-        turn, slant = self.rng.uniform(-0.15, 0.15, 2)
+        turn, slant = self.rng.uniform(-1, 1, 2) * (self.turn, self.slant)
         cos, sin = np.cos(turn), np.sin(turn)
         # From the enlarged digit to the 8 x 8 one in the middle of its 12 x 12 frame.
         matrix = 8 / height * np.array([[stretch * cos, slant - sin], [sin, cos]])
