@@ -37,6 +37,7 @@ check: test lint types wheel
 	$(MAKE) demo ARGS="--quick --out runs/quick"
 	$(MAKE) demo ARGS="--loss all --quick --steps 20 --out runs/losses"
 	$(MAKE) demo ARGS="--nms all --quick --steps 20 --out runs/nms"
+	$(MAKE) demo ARGS="--dcn --quick --steps 20 --out runs/dcn"
 
 # OUT and COMMIT reach it as environment variables.
 gpu-check: $(if $(VENV),$(VENV)/test.installed)

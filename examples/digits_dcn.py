@@ -16,6 +16,7 @@ from digits_scenes import CLASSES, SIZE, Scenes
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from dlops_triton.nn import ModulatedDeformConv2dPack
@@ -51,7 +52,8 @@ def plot_sampling(path: Path, model: Detector, scenes: Scenes) -> None:
     scenes = Scenes(*(t[:8] for t in scenes))
     taps, masks = looks(model, scenes.images)
     plain = regular(taps.device)
-    figure = Figure(figsize=(16, 8.9), layout="constrained")
+    figure = Figure(figsize=(16, 9.2), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.08)
     for i, ax in enumerate(figure.subplots(2, 4).flat):
         real = scenes.labels[i] < CLASSES
         boxes, labels = scenes.boxes[i, real], scenes.labels[i, real]
@@ -64,31 +66,15 @@ def plot_sampling(path: Path, model: Detector, scenes: Scenes) -> None:
         sampling(ax, taps[i, y, x], masks[i, y, x], plain[y, x])
         left, top = (centre - WINDOW / 2).clamp(0, SIZE - WINDOW).tolist()
         ax.set(xlim=(left - 0.5, left + WINDOW - 0.5), ylim=(top + WINDOW - 0.5, top - 0.5))
-        ax.set_title(f"a {labels[digit]}, {tall[digit]:.0f} pixels tall")
-    keys = [
-        Line2D([], [], ls="", marker="o", ms=9, mec="black", color=UNIT, label="unit"),
-        Line2D(
-            [],
-            [],
-            ls="",
-            marker="o",
-            ms=9,
-            mec="white",
-            color=TAP,
-            label="where its 9 taps look, larger: of more weight",
-        ),
-        Line2D(
-            [],
-            [],
-            ls="",
-            marker="+",
-            ms=9,
-            mew=2,
-            color=PLAIN,
-            label="where those of a plain convolution look",
-        ),
-        Line2D([], [], ls="--", color=DIGIT, label="the digit"),
-    ]
+        ax.set_title(f"{labels[digit]}, {tall[digit]:.0f} pixels tall")
+    marks = {
+        "the unit": {"marker": "s", "mfc": "none", "mec": UNIT, "mew": 2},
+        "its taps, larger: more weight": {"marker": "o", "mec": "white", "color": TAP},
+        "taps of a plain layer": {"marker": "+", "mew": 2, "color": PLAIN},
+        "the digit": {"linestyle": "--", "color": DIGIT},
+    }
+    point = {"linestyle": "", "markersize": 10}
+    keys = [Line2D([], [], label=name, **(point | mark)) for name, mark in marks.items()]
     figure.legend(handles=keys, loc="outside lower center", ncols=4, **LEGEND)
     figure.suptitle("Where the deformable layer looks, in held-out scenes")
     figure.savefig(path, dpi=120)
@@ -101,7 +87,8 @@ def sampling(ax: Axes, taps: Tensor, masks: Tensor, plain: Tensor) -> None:
     ax.plot(*np.stack([plain, taps]).transpose(2, 0, 1), color=TAP, lw=1, alpha=0.6)
     ax.scatter(*plain.T, marker="+", s=60, lw=1.8, color=PLAIN)
     ax.scatter(*taps.T, s=160 * masks.cpu().numpy(), color=TAP, edgecolor="white", zorder=3)
-    ax.scatter(*plain[4], s=70, color=UNIT, edgecolor="black", zorder=4)
+    cell = plain[4] - CELL / 2
+    ax.add_patch(Rectangle(cell, CELL, CELL, fill=False, edgecolor=UNIT, linewidth=2.2))
 
 
 def verdict(plain: float, deformable: float) -> str:
