@@ -48,7 +48,7 @@ columns_limit = 2**29
 class Plan(NamedTuple):
     rows: Tensor  # [G * K, P, 4] int32: pixels around each sample, -1 around one outside
     weights: Tensor  # [G * K, P, 4]: their weights times the mask, fp32 or fp64
-    cells: Tensor | None  # [G * K * P] int32: between which pixels a sample lies
+    cells: Tensor | None  # [G * K * P] int32 | int64: between which pixels a sample lies
     pixels: int  # of an output image
     taps: int
     offset_groups: int
@@ -79,7 +79,10 @@ def make_plan(
     size = b * pixels
     rows = x.new_empty((all_taps, size, 4), dtype=torch.int32)
     weights = x.new_empty((all_taps, size, 4), dtype=_dispatch.compute_dtype(x.dtype))
-    found = x.new_empty(all_taps * size, dtype=torch.int32) if cells else None
+    found = None
+    if cells:
+        wide = _cells(x, all_taps // taps) >= 2**31
+        found = rows.new_empty(all_taps * size, dtype=torch.int64 if wide else torch.int32)
     settings = PLAN.on(x)
     out_width = offset.shape[3]
     offset = offset.flatten(2)
@@ -173,7 +176,7 @@ def _gather(grad: Tensor, x: Tensor, plan: Plan) -> Tensor:
     b, height, width, c = x.shape
     assert plan.cells is not None
     cells, order = torch.sort(plan.cells, stable=True)
-    count = plan.offset_groups * b * (height + 1) * (width + 1)
+    count = _cells(x, plan.offset_groups)
     starts = torch.searchsorted(cells, torch.arange(count + 1, device=x.device, dtype=cells.dtype))
     d_x = torch.empty_like(x)
     run = c // plan.offset_groups
@@ -496,6 +499,12 @@ def _alloc_grads(
 ) -> tuple[Tensor | None, Tensor | None]:
     d_x = x.new_zeros(x.shape, dtype=plan.weights.dtype) if needs_x else None
     return d_x, torch.empty_like(plan.weights) if needs_shift else None
+
+
+def _cells(x: Tensor, offset_groups: int) -> int:
+    """Squares between four pixels, some of them beyond the border, in all images and groups."""
+    b, height, width, _ = x.shape
+    return offset_groups * b * (height + 1) * (width + 1)
 
 
 def _is_wide(x: Tensor, plan: Plan) -> bool:

@@ -30,7 +30,7 @@ def deform_plan_kernel(
     mask_ptr,  # [images, G * K, pixels], read through its strides, or None
     rows_ptr,  # [G * K, P, 4] int32
     weights_ptr,  # [G * K, P, 4] fp32 | fp64
-    cells_ptr,  # [G * K, P] int32, or None: between which pixels, in each offset group
+    cells_ptr,  # [G * K, P] int32 | int64, or None: between which pixels, in each offset group
     P,  # images * pixels
     pixels,
     offset_strides,
@@ -72,10 +72,12 @@ def deform_plan_kernel(
     tl.store(rows_ptr + at, tl.where(nowhere[:, None], -1, rows), mask=live[:, None])
     tl.store(weights_ptr + at, weights, mask=live[:, None])
     if cells_ptr is not None:
-        group = gk // geometry[0]
-        images = P // pixels
-        cell = ((group * images + image.to(tl.int32)) * (height + 1) + y + 1) * (width + 1) + x + 1
-        tl.store(cells_ptr + sample, tl.where(nowhere, 2147483647, cell), mask=live)
+        images = (P // pixels).to(cells_ptr.dtype.element_ty)
+        cells = (height + 1) * (width + 1)
+        within = (y + 1) * (width + 1) + x + 1
+        cell = (gk // geometry[0] * images + image.to(images.dtype)) * cells + within
+        every = tl.num_programs(0) // tiles // geometry[0] * images * cells
+        tl.store(cells_ptr + sample, tl.where(nowhere, every, cell), mask=live)
 
 
 @triton.jit(do_not_specialize=["P", "pixels"])
