@@ -49,7 +49,7 @@ def deform_sample(
 
     See `deform_conv2d` for borders, bad data, gradients and determinism.
     """
-    geometry = _geometry(kernel_size, stride, padding, dilation)
+    geometry = check_geometry(kernel_size, stride, padding, dilation)
     _check(input, offset, mask, geometry)
     columns: Tensor = _Sample.apply(  # type: ignore[no-untyped-call]
         input.contiguous(memory_format=torch.channels_last), offset, mask, geometry
@@ -116,7 +116,7 @@ def deform_conv2d(
             f"weight must have shape [Co, C / groups, kh, kw], got {tuple(weight.shape)}"
         )
     kernel_size = (weight.shape[2], weight.shape[3])
-    geometry = _geometry(kernel_size, stride, padding, dilation)
+    geometry = check_geometry(kernel_size, stride, padding, dilation)
     _check(input, offset, mask, geometry)
     if torch.is_autocast_enabled(input.device.type):
         input, weight, bias = (_autocast(t, input.device.type) for t in (input, weight, bias))
@@ -145,7 +145,7 @@ def _autocast(t: Any, device: str) -> Any:
     return t
 
 
-def _geometry(kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Geometry:
+def check_geometry(kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Geometry:
     def pair(name: str, value: Any, low: int) -> tuple[int, int]:
         both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
         accepted = f"an integer, or two, of at least {low} and below 2**20"
