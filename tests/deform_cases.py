@@ -132,9 +132,7 @@ def check_convolution(case: Case, out: Tensor, grad: Tensor, grads: list[Tensor]
     _check_data(case, data, by_column, bound, terms)
     (d_weight,) = (d for d, t in zip(grads, case.given, strict=True) if t is case.weight)
     wanted = reference.conv2d_grad(x, offset, mask, weight, case.geometry, g)[3]
-    scale = reference.conv2d_grad(
-        size[0], offset, size[1], size[2], case.geometry, np.abs(g)
-    )[3]
+    scale = reference.conv2d_grad(size[0], offset, size[1], size[2], case.geometry, np.abs(g))[3]
     assert_close(d_weight, wanted, scale, terms=terms)
 
 

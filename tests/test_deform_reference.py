@@ -56,9 +56,7 @@ def test_layout() -> None:
     mask = np.ones((2, 2, 3, 2))
     mask[1, 1, 2] = 3
     geometry = Geometry((2, 3), stride=(3, 2), dilation=(2, 1))
-    columns = reference.sample(
-        x, offset.reshape(1, 24, 1, 2), mask.reshape(1, 12, 1, 2), geometry
-    )
+    columns = reference.sample(x, offset.reshape(1, 24, 1, 2), mask.reshape(1, 12, 1, 2), geometry)
     columns = columns.reshape(2, 2, 3, 2)
     for c, i, j, output in itertools.product(range(2), range(2), range(3), range(2)):
         row, column = 2 * i, 2 * output + j
