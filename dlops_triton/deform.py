@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _autograd, _checks, _deform, _dispatch
-from .reference import deform as reference
+from . import _autograd, _checks, _deform_ops
+from ._deform_ops import Implementation
 from .reference.deform import Geometry
 
 Pair = int | tuple[int, int]
-Implementation = Literal["fused", "columns"]
 
 
 def deform_sample(
@@ -123,20 +121,9 @@ def deform_conv2d(
     _check_weight(input, weight, bias)
     x = input.contiguous(memory_format=torch.channels_last)
     out: Tensor = _Conv.apply(  # type: ignore[no-untyped-call]
-        x, offset, mask, weight, bias, geometry, _implementation or _choose(x, weight, offset)
+        x, offset, mask, weight, bias, geometry, _implementation
     )
     return out if input.is_contiguous(memory_format=torch.channels_last) else out.contiguous()
-
-
-def _choose(input: Tensor, weight: Tensor, offset: Tensor) -> Implementation:
-    """Fused where tensor cores multiply, and a chunk of channels fills them."""
-    c, per_group = input.shape[1], weight.shape[1]
-    taps = weight.shape[2] * weight.shape[3]
-    run = math.gcd(per_group, c * 2 * taps // offset.shape[1])
-    halves = input.dtype in (torch.float16, torch.bfloat16)
-    fast = halves or _dispatch.precision(input.dtype) == "tf32"
-    full = run >= 16 and weight.shape[0] * per_group >= 16 * c
-    return "fused" if fast and full else "columns"
 
 
 def _autocast(t: Any, device: str) -> Any:
@@ -246,13 +233,13 @@ class _Sample(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(input, offset, mask)
         ctx.geometry = geometry
-        return _sample_fwd(input, offset, mask, *geometry)
+        return _deform_ops.sample_fwd(input, offset, mask, *geometry)
 
     @staticmethod
     @_autograd.once_differentiable("deform_sample")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:3])
-        found = iter(_sample_bwd(grad, *ctx.saved_tensors, *ctx.geometry, needs))
+        found = iter(_deform_ops.sample_bwd(grad, *ctx.saved_tensors, *ctx.geometry, needs))
         return (*(next(found) if need else None for need in needs), None)
 
 
@@ -266,217 +253,25 @@ class _Conv(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         geometry: Geometry,
-        implementation: Implementation,
+        implementation: Implementation | None,
     ) -> Tensor:
         ctx.save_for_backward(input, offset, mask, weight)
         ctx.geometry = geometry
         ctx.implementation = implementation
-        return _conv_fwd(input, offset, mask, weight, bias, *geometry[1:], implementation)
+        return _deform_ops.conv_fwd(
+            input, offset, mask, weight, bias, *geometry[1:], implementation
+        )
 
     @staticmethod
     @_autograd.once_differentiable("deform_conv2d")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *needs, needs_bias, _, _ = ctx.needs_input_grad
         found = iter(
-            _conv_bwd(grad, *ctx.saved_tensors, *ctx.geometry[1:], needs, ctx.implementation)
+            _deform_ops.conv_bwd(
+                grad, *ctx.saved_tensors, *ctx.geometry[1:], needs, ctx.implementation
+            )
             if any(needs)
             else ()
         )
         grads = [next(found) if need else None for need in needs]
         return (*grads, grad.sum((0, 2, 3)) if needs_bias else None, None, None)
-
-
-def _alloc_columns(
-    input: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-) -> Tensor:
-    taps = kernel_size[0] * kernel_size[1]
-    length = offset.shape[2] * offset.shape[3]
-    return input.new_empty((input.shape[0], input.shape[1] * taps, length))
-
-
-def _alloc_grads(
-    grad: Tensor,
-    input: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    *args: Any,
-) -> list[Tensor]:
-    """Of sampling, or, if a weight follows the mask, of the convolution."""
-    weights, needs = (args[:1], args[-2]) if isinstance(args[0], Tensor) else ((), args[-1])
-    like = torch.channels_last
-    grads = [torch.empty_like(input, memory_format=like) if needs[0] else None]
-    for t, need in zip((offset, mask, *weights), needs[1:], strict=True):
-        grads.append(t.new_empty(t.shape) if need and t is not None else None)
-    return [t for t in grads if t is not None]
-
-
-def _alloc_out(
-    input: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    weight: Tensor,
-    *_: Any,
-) -> Tensor:
-    return torch.empty(
-        (input.shape[0], weight.shape[0], offset.shape[2], offset.shape[3]),
-        dtype=input.dtype,
-        device=input.device,
-        memory_format=torch.channels_last,
-    )
-
-
-def _launch_sample_fwd(
-    input: Tensor, offset: Tensor, mask: Tensor | None, *geometry: list[int]
-) -> Tensor:
-    columns = _alloc_columns(input, offset, mask, *geometry)
-    if columns.numel():
-        x = _deform.channels_last(input)
-        plan = _deform.make_plan(x, offset, mask, _pairs(geometry))
-        _deform.sample(x, plan, _by_tap(columns, input))
-    return columns
-
-
-def _launch_sample_bwd(
-    grad: Tensor, input: Tensor, offset: Tensor, mask: Tensor | None, *args: Any
-) -> list[Tensor]:
-    if input.numel() == 0:
-        return _alloc_grads(grad, input, offset, mask, *args)
-    *geometry, needs = args
-    x, columns = _deform.channels_last(input), _by_tap(grad.contiguous(), input)
-    found = _deform.grads_of_columns(columns, x, offset, mask, _pairs(geometry), *needs)
-    return [t for t in found if t is not None]
-
-
-def _launch_conv_fwd(
-    input: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    *args: Any,
-) -> Tensor:
-    out = _alloc_out(input, offset, mask, weight)
-    if out.numel():
-        *geometry, implementation = args
-        run = _deform.conv_by_columns if implementation == "columns" else _deform.conv
-        pairs = _pairs((weight.shape[2:], *geometry))
-        run(_deform.channels_last(input), offset, mask, weight, bias, pairs, out)
-    return out
-
-
-def _launch_conv_bwd(
-    grad: Tensor,
-    input: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    weight: Tensor,
-    *args: Any,
-) -> list[Tensor]:
-    if grad.numel() == 0:
-        return [t.zero_() for t in _alloc_grads(grad, input, offset, mask, weight, *args)]
-    *geometry, needs, implementation = args
-    run = _deform.conv_grads_by_columns if implementation == "columns" else _deform.conv_grads
-    x, rows = _deform.channels_last(input), _deform.channels_last(grad).flatten(0, 2)
-    pairs = _pairs((weight.shape[2:], *geometry))
-    found = run(rows, x, offset, mask, weight, pairs, needs)
-    return [t for t in found if t is not None]
-
-
-def _pairs(geometry: Any) -> Geometry:
-    return Geometry(*(tuple(pair) for pair in geometry))
-
-
-def _by_tap(columns: Tensor, input: Tensor) -> Tensor:
-    """[B, C * K, L] as [B, L, K, C]."""
-    b, c = input.shape[:2]
-    return columns.view(b, c, columns.shape[1] // c, -1).permute(0, 3, 2, 1)
-
-
-def _arrays(*tensors: Tensor | None) -> list[Any]:
-    return [None if t is None else _dispatch.to_numpy(t) for t in tensors]
-
-
-def _reference_sample_fwd(
-    input: Tensor, offset: Tensor, mask: Tensor | None, *geometry: list[int]
-) -> Tensor:
-    x, o, m = _arrays(input, offset, mask)
-    columns = reference.sample(x, o, m, _pairs(geometry))
-    return _dispatch.from_numpy(columns, input.dtype)
-
-
-def _reference_sample_bwd(
-    grad: Tensor, input: Tensor, offset: Tensor, mask: Tensor | None, *args: Any
-) -> list[Tensor]:
-    *geometry, needs = args
-    x, o, m, g = _arrays(input, offset, mask, grad)
-    found = reference.sample_grad(x, o, m, _pairs(geometry), g)
-    return _filled(_alloc_grads(grad, input, offset, mask, *args), found, needs)
-
-
-def _reference_conv_fwd(
-    input: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    *args: Any,
-) -> Tensor:
-    x, o, m, w, b = _arrays(input, offset, mask, weight, bias)
-    out = reference.conv2d(x, o, m, w, b, _pairs((weight.shape[2:], *args[:-1])))
-    return _alloc_out(input, offset, mask, weight).copy_(_dispatch.from_numpy(out, input.dtype))
-
-
-def _reference_conv_bwd(
-    grad: Tensor,
-    input: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    weight: Tensor,
-    *args: Any,
-) -> list[Tensor]:
-    *geometry, needs, _ = args
-    x, o, m, w, g = _arrays(input, offset, mask, weight, grad)
-    found = reference.conv2d_grad(x, o, m, w, _pairs((weight.shape[2:], *geometry)), g)
-    return _filled(_alloc_grads(grad, input, offset, mask, weight, *args), found[:4], needs)
-
-
-def _filled(grads: list[Tensor], found: Any, needs: list[bool]) -> list[Tensor]:
-    wanted = (d for d, need in zip(found, needs, strict=True) if need)
-    return [t.copy_(torch.from_numpy(d)) for t, d in zip(grads, wanted, strict=True)]
-
-
-_GEOMETRY = "int[] stride, int[] padding, int[] dilation"
-_sample_fwd = _dispatch.register(
-    "deform_sample_fwd(Tensor input, Tensor offset, Tensor? mask, int[] kernel_size, "
-    f"{_GEOMETRY}) -> Tensor",
-    _launch_sample_fwd,
-    _reference_sample_fwd,
-    _alloc_columns,
-)
-_sample_bwd = _dispatch.register(
-    "deform_sample_bwd(Tensor grad, Tensor input, Tensor offset, Tensor? mask, int[] kernel_size, "
-    f"{_GEOMETRY}, bool[] needs) -> Tensor[]",
-    _launch_sample_bwd,
-    _reference_sample_bwd,
-    _alloc_grads,
-)
-_conv_fwd = _dispatch.register(
-    "deform_conv_fwd(Tensor input, Tensor offset, Tensor? mask, Tensor weight, Tensor? bias, "
-    f"{_GEOMETRY}, str implementation) -> Tensor",
-    _launch_conv_fwd,
-    _reference_conv_fwd,
-    _alloc_out,
-)
-_conv_bwd = _dispatch.register(
-    "deform_conv_bwd(Tensor grad, Tensor input, Tensor offset, Tensor? mask, Tensor weight, "
-    f"{_GEOMETRY}, bool[] needs, str implementation) -> Tensor[]",
-    _launch_conv_bwd,
-    _reference_conv_bwd,
-    _alloc_grads,
-)

@@ -35,7 +35,8 @@ def locate(offset_ptr, strides, image, pixel, gk, live, size, geometry, ACC: tl.
     height, width, out_width = size
     taps, across, step_y, step_x, pad_y, pad_x, spread_y, spread_x = geometry
     tap = gk % taps
-    at = image * stride_b + gk.to(tl.int64) * 2 * stride_c + pixel.to(tl.int64) * stride_p
+    at = image.to(tl.int64) * stride_b + gk.to(tl.int64) * 2 * stride_c
+    at += pixel.to(tl.int64) * stride_p
     d_y = tl.load(offset_ptr + at, mask=live, other=0).to(ACC)
     d_x = tl.load(offset_ptr + at + stride_c, mask=live, other=0).to(ACC)
     y_0 = pixel // out_width * step_y - pad_y + tap // across * spread_y

@@ -24,29 +24,32 @@ import triton.language as tl
 from ._deform import chunk_start, four, interpolate, load_corner, load_plan, locate
 
 
-@triton.jit(do_not_specialize=["P", "pixels", "size", "geometry"])
+@triton.jit(do_not_specialize=["samples", "P", "pixels", "size", "geometry"])
 def deform_plan_kernel(
     offset_ptr,  # [images, 2 * G * K, pixels], read through its strides
     mask_ptr,  # [images, G * K, pixels], read through its strides, or None
     rows_ptr,  # [G * K, P, 4] int32
     weights_ptr,  # [G * K, P, 4] fp32 | fp64
-    cells_ptr,  # [G * K, P] int32, or None: between which pixels, in each offset group
+    cells_ptr,  # [G * K, P] int32 | int64, or None: between which pixels, in each offset group
+    samples,  # G * K * P
     P,  # images * pixels
     pixels,
     offset_strides,
     mask_strides,
     size,  # (H, W, Wo)
     geometry,  # (K, kw, stride, padding and dilation by y and by x)
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program owns a tap of BLOCK outputs."""
+    """One program owns BLOCK samples."""
     ACC: tl.constexpr = weights_ptr.dtype.element_ty
     height, width, _ = size
-    tiles = tl.cdiv(P, BLOCK)
-    gk = tl.program_id(0) // tiles
-    p = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    sample = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if not WIDE:
+        sample = sample.to(tl.int32)  # whose division is quick
+    gk, p = (sample // P).to(tl.int32), sample % P
     image, pixel = p // pixels, (p % pixels).to(tl.int32)
-    live = p < P
+    live = sample < samples
     y, x, rest_y, rest_x, outside, unknown = locate(
         offset_ptr, offset_strides, image, pixel, gk, live, size, geometry, ACC
     )
@@ -55,7 +58,7 @@ def deform_plan_kernel(
     up, down = tl.where(outside, 0.0, up), tl.where(outside, 0.0, down)
     up, down = tl.where(unknown, float("nan"), up), tl.where(unknown, float("nan"), down)
     if mask_ptr is not None:
-        at = image * mask_strides[0] + gk.to(tl.int64) * mask_strides[1]
+        at = image.to(tl.int64) * mask_strides[0] + gk.to(tl.int64) * mask_strides[1]
         at += pixel.to(tl.int64) * mask_strides[2]
         m = tl.load(mask_ptr + at, mask=live, other=0).to(ACC)
     else:
@@ -67,15 +70,16 @@ def deform_plan_kernel(
     x0, x1 = tl.maximum(x, 0), tl.minimum(x + 1, width - 1)
     rows = four(top + x0, top + x1, bottom + x0, bottom + x1, BLOCK)
     weights = four(up * left * m, up * right * m, down * left * m, down * right * m, BLOCK)
-    sample = gk.to(tl.int64) * P + p
-    at = sample[:, None] * 4 + tl.arange(0, 4)[None, :]
+    at = sample.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :]
     tl.store(rows_ptr + at, tl.where(nowhere[:, None], -1, rows), mask=live[:, None])
     tl.store(weights_ptr + at, weights, mask=live[:, None])
     if cells_ptr is not None:
-        group = gk // geometry[0]
-        images = P // pixels
-        cell = ((group * images + image.to(tl.int32)) * (height + 1) + y + 1) * (width + 1) + x + 1
-        tl.store(cells_ptr + sample, tl.where(nowhere, 2147483647, cell), mask=live)
+        images = (P // pixels).to(cells_ptr.dtype.element_ty)
+        cells = (height + 1) * (width + 1)
+        within = (y + 1) * (width + 1) + x + 1
+        cell = (gk // geometry[0] * images + image.to(images.dtype)) * cells + within
+        every = (samples // P // geometry[0]).to(images.dtype) * images * cells
+        tl.store(cells_ptr + sample, tl.where(nowhere, every, cell), mask=live)
 
 
 @triton.jit(do_not_specialize=["P", "pixels"])
@@ -293,40 +297,42 @@ def deform_conv_bwd_kernel(
         tl.store(out, four(sums[0], sums[1], sums[2], sums[3], BM), mask=(p < P)[:, None])
 
 
-@triton.jit(do_not_specialize=["P", "pixels", "size", "geometry"])
+@triton.jit(do_not_specialize=["samples", "P", "pixels", "size", "geometry"])
 def deform_shift_bwd_kernel(
     sums_ptr,  # [G * K, P, 4] fp32 | fp64
     offset_ptr,  # [images, 2 * G * K, pixels], read through its strides
     mask_ptr,  # [images, G * K, pixels], read through its strides, or None
     d_offset_ptr,  # [images, 2 * G * K, pixels], or None
     d_mask_ptr,  # [images, G * K, pixels], or None
+    samples,  # G * K * P
     P,
     pixels,
     offset_strides,
     mask_strides,
     size,  # (H, W, Wo)
     geometry,  # (K, kw, stride, padding and dilation by y and by x)
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradients by offset and mask. One program owns a tap of BLOCK outputs."""
+    """Gradients by offset and mask. One program owns BLOCK samples."""
     ACC: tl.constexpr = sums_ptr.dtype.element_ty
     height, width, _ = size
-    tiles = tl.cdiv(P, BLOCK)
-    gk = tl.program_id(0) // tiles
-    p = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    sample = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if not WIDE:
+        sample = sample.to(tl.int32)  # whose division is quick
+    gk, p = (sample // P).to(tl.int32), sample % P
     image, pixel = p // pixels, (p % pixels).to(tl.int32)
-    live = p < P
+    live = sample < samples
     y, x, down, right, outside, unknown = locate(
         offset_ptr, offset_strides, image, pixel, gk, live, size, geometry, ACC
     )
     # Beyond the border, where the plan names a neighbour, there is nothing.
     north, south = (y >= 0) & live, (y + 1 < height) & live
     west, east = x >= 0, x + 1 < width
-    s = sums_ptr + (gk.to(tl.int64) * P + p) * 4
+    s = sums_ptr + sample.to(tl.int64) * 4
     s0, s1 = tl.load(s, mask=north & west, other=0), tl.load(s + 1, mask=north & east, other=0)
     s2, s3 = tl.load(s + 2, mask=south & west, other=0), tl.load(s + 3, mask=south & east, other=0)
-    taps = tl.num_programs(0) // tiles
-    at = (image * taps + gk) * pixels + pixel
+    at = (image.to(tl.int64) * (samples // P) + gk) * pixels + pixel
     if d_mask_ptr is not None:
         d = (s0 * (1 - right) + s1 * right) * (1 - down) + (s2 * (1 - right) + s3 * right) * down
         d = tl.where(unknown, float("nan"), tl.where(outside, 0.0, d))
@@ -335,13 +341,13 @@ def deform_shift_bwd_kernel(
         d_y = (s2 - s0) * (1 - right) + (s3 - s1) * right
         d_x = (s1 - s0) * (1 - down) + (s3 - s2) * down
         if mask_ptr is not None:
-            m_at = image * mask_strides[0] + gk.to(tl.int64) * mask_strides[1]
+            m_at = image.to(tl.int64) * mask_strides[0] + gk.to(tl.int64) * mask_strides[1]
             m_at += pixel.to(tl.int64) * mask_strides[2]
             m = tl.load(mask_ptr + m_at, mask=live, other=0).to(ACC)
             d_y, d_x = d_y * m, d_x * m
         d_y = tl.where(unknown, float("nan"), tl.where(outside, 0.0, d_y))
         d_x = tl.where(unknown, float("nan"), tl.where(outside, 0.0, d_x))
-        at = (image * taps + gk) * (2 * pixels) + pixel
+        at = (image.to(tl.int64) * (samples // P) + gk) * (2 * pixels) + pixel
         tl.store(d_offset_ptr + at, d_y.to(d_offset_ptr.dtype.element_ty), mask=live)
         tl.store(d_offset_ptr + at + pixels, d_x.to(d_offset_ptr.dtype.element_ty), mask=live)
 

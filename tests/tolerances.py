@@ -32,18 +32,20 @@ def assert_close(
     want: npt.ArrayLike,
     scale: npt.ArrayLike = 0.0,
     compute: torch.dtype | None = None,
+    terms: torch.dtype | None = None,
 ) -> None:
     """Compare with a float64 oracle.
 
     ``scale``: where terms cancel, the size of the terms, whose rounding is allowed as well, in the
-    dtype of the arithmetic. ``compute``: the dtype that decides, if not that of ``got``.
+    dtype of the arithmetic, or in that of ``terms``, to which tensor cores want them rounded.
+    ``compute``: the dtype that decides, if not that of ``got``.
     """
     dtype = compute or got.dtype
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
     values: npt.NDArray[Any] = got.detach().cpu().double().numpy()
     want = np.asarray(want, np.float64)
     assert values.shape == want.shape, f"shape {values.shape}, expected {want.shape}"
-    slack = SMALLEST[dtype] + RTOL[arithmetic] * np.asarray(scale, np.float64)
+    slack = SMALLEST[dtype] + RTOL[terms or arithmetic] * np.asarray(scale, np.float64)
     bad = ~(np.abs(values - want) <= slack + RTOL[dtype] * np.abs(want))
     bad &= ~(np.isnan(values) & np.isnan(want)) & (values != want)
     if bad.any():
