@@ -22,7 +22,6 @@ from torch import Tensor
 from dlops_triton.nn import ModulatedDeformConv2dPack
 
 LAYERS = ("plain", "deformable")
-CELL = 2 * STRIDE  # pixels from one output of the layer, a unit, to the next
 UNIT, TAP, PLAIN, DIGIT = "#39ff6a", "#ff3b30", "#ffe14d", "#ffffff"
 WINDOW = 68  # pixels, the side of what is shown around a digit
 
@@ -37,14 +36,14 @@ def looks(model: Detector, images: Tensor) -> tuple[Tensor, Tensor]:
     hook.remove()
     offsets, masks = seen[0].split((18, 9), dim=1)
     shifts = offsets.unflatten(1, (9, 2)).permute(0, 3, 4, 1, 2).flip(-1)
-    return regular(shifts.device) + CELL * shifts, masks.sigmoid().movedim(1, -1)
+    return regular(shifts.device) + STRIDE * shifts, masks.sigmoid().movedim(1, -1)
 
 
 def regular(device: torch.device) -> Tensor:
     """Where the taps of a plain convolution look, [H, W, 9, 2]."""
-    ticks, steps = torch.arange(SIZE // CELL, device=device), torch.arange(-1, 2, device=device)
+    ticks, steps = torch.arange(SIZE // STRIDE, device=device), torch.arange(-1, 2, device=device)
     units, taps = (torch.cartesian_prod(t, t).flip(1) for t in (ticks, steps))
-    return (CELL * (units[:, None] + taps + 0.5)).unflatten(0, (len(ticks), len(ticks)))
+    return (STRIDE * (units[:, None] + taps + 0.5)).unflatten(0, (len(ticks), len(ticks)))
 
 
 def plot_sampling(path: Path, model: Detector, scenes: Scenes) -> None:
@@ -60,7 +59,7 @@ def plot_sampling(path: Path, model: Detector, scenes: Scenes) -> None:
         tall = boxes[:, 3] - boxes[:, 1]
         digit = int(tall.argmax() if i < 4 else tall.argmin())
         centre = boxes[digit].view(2, 2).mean(0)
-        x, y = (centre // CELL).long().tolist()
+        x, y = (centre // STRIDE).long().tolist()
         show(ax, scenes, i)
         draw(ax, boxes[digit].tolist(), DIGIT, "--")
         sampling(ax, taps[i, y, x], masks[i, y, x], plain[y, x])
@@ -87,8 +86,8 @@ def sampling(ax: Axes, taps: Tensor, masks: Tensor, plain: Tensor) -> None:
     ax.plot(*np.stack([plain, taps]).transpose(2, 0, 1), color=TAP, lw=1, alpha=0.6)
     ax.scatter(*plain.T, marker="+", s=60, lw=1.8, color=PLAIN)
     ax.scatter(*taps.T, s=160 * masks.cpu().numpy(), color=TAP, edgecolor="white", zorder=3)
-    cell = plain[4] - CELL / 2
-    ax.add_patch(Rectangle(cell, CELL, CELL, fill=False, edgecolor=UNIT, linewidth=2.2))
+    cell = plain[4] - STRIDE / 2
+    ax.add_patch(Rectangle(cell, STRIDE, STRIDE, fill=False, edgecolor=UNIT, linewidth=2.2))
 
 
 def verdict(plain: float, deformable: float) -> str:

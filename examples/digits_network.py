@@ -60,8 +60,8 @@ def deformable(plain: nn.Conv2d) -> ModulatedDeformConv2dPack:
 class Detector(nn.Module):
     """From images [B, 3, SIZE, SIZE] to class logits [B, P, C] and boxes [B, P, 4].
 
-    C is CLASSES, or one more if ``loss`` is a softmax's. With ``dcn`` the last 3 x 3 convolution of
-    the coarse half, every eighth pixel, is deformable.
+    C is CLASSES, or one more if ``loss`` is a softmax's. With ``dcn`` the last convolution before
+    classes and boxes part, the one that both are read from, is deformable.
     """
 
     def __init__(self, loss: str = "focal", width: int = 48, dcn: bool = False):
@@ -87,7 +87,7 @@ class Detector(nn.Module):
             nn.init.zeros_(self.classes[-1].bias[CLASSES:])
         nn.init.constant_(self.sides[-1].bias, math.log(10))
         if dcn:  # once all is drawn at random, so that nothing else is different
-            last = self.coarse[2].body[1]
+            last = self.mix.body[1]
             last[0] = deformable(last[0])
         ticks = STRIDE * (torch.arange(SIZE // STRIDE) + 0.5)
         self.register_buffer("points", torch.cartesian_prod(ticks, ticks).flip(1))  # [P, 2], xy
