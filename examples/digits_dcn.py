@@ -23,7 +23,7 @@ from dlops_triton.nn import ModulatedDeformConv2dPack
 
 LAYERS = ("plain", "deformable")
 UNIT, TAP, PLAIN, DIGIT = "#39ff6a", "#ff3b30", "#ffe14d", "#ffffff"
-WINDOW = 68  # pixels, the side of what is shown around a digit
+MIN_WINDOW = 28  # pixels, the side of what is shown around the smallest digits
 
 
 @torch.inference_mode()
@@ -58,13 +58,15 @@ def plot_sampling(path: Path, model: Detector, scenes: Scenes) -> None:
         boxes, labels = scenes.boxes[i, real], scenes.labels[i, real]
         tall = boxes[:, 3] - boxes[:, 1]
         digit = int(tall.argmax() if i < 4 else tall.argmin())
-        centre = boxes[digit].view(2, 2).mean(0)
+        corners = boxes[digit].view(2, 2)
+        centre, window = corners.mean(0), 1.6 * float(corners.diff(dim=0).max())
+        window = min(max(window, MIN_WINDOW), SIZE)
         x, y = (centre // STRIDE).long().tolist()
         show(ax, scenes, i)
         draw(ax, boxes[digit].tolist(), DIGIT, "--")
         sampling(ax, taps[i, y, x], masks[i, y, x], plain[y, x])
-        left, top = (centre - WINDOW / 2).clamp(0, SIZE - WINDOW).tolist()
-        ax.set(xlim=(left - 0.5, left + WINDOW - 0.5), ylim=(top + WINDOW - 0.5, top - 0.5))
+        left, top = (centre - window / 2).clamp(0, SIZE - window).tolist()
+        ax.set(xlim=(left - 0.5, left + window - 0.5), ylim=(top + window - 0.5, top - 0.5))
         ax.set_title(f"{labels[digit]}, {tall[digit]:.0f} pixels tall")
     marks = {
         "the unit": {"marker": "s", "mfc": "none", "mec": UNIT, "mew": 2},
