@@ -252,7 +252,7 @@ def conv(x: Tensor, plan: Plan, w: Tensor, bias: Tensor | None, out: Tensor) -> 
         plan.rows,
         plan.weights,
         w,
-        bias,
+        None if bias is None else bias.contiguous(),
         out,
         plan.size,
         sizes,
