@@ -116,8 +116,9 @@ def deform_conv2d(
     kernel_size = (weight.shape[2], weight.shape[3])
     geometry = check_geometry(kernel_size, stride, padding, dilation)
     _check(input, offset, mask, geometry)
-    if torch.is_autocast_enabled(input.device.type):
-        input, weight, bias = (_autocast(t, input.device.type) for t in (input, weight, bias))
+    kind = input.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        input, weight, bias = (_autocast(t, kind) for t in (input, weight, bias))
     _check_weight(input, weight, bias)
     x = input.contiguous(memory_format=torch.channels_last)
     out: Tensor = _Conv.apply(  # type: ignore[no-untyped-call]

@@ -24,7 +24,7 @@ import triton.language as tl
 from ._deform import chunk_start, four, interpolate, load_corner, load_plan, locate
 
 
-@triton.jit(do_not_specialize=["samples", "P", "pixels", "size", "geometry"])
+@triton.jit(do_not_specialize=["samples", "P", "pixels", "height", "width", "out_width"])
 def deform_plan_kernel(
     offset_ptr,  # [images, 2 * G * K, pixels], read through its strides
     mask_ptr,  # [images, G * K, pixels], read through its strides, or None
@@ -36,14 +36,15 @@ def deform_plan_kernel(
     pixels,
     offset_strides,
     mask_strides,
-    size,  # (H, W, Wo)
+    height,
+    width,
+    out_width,
     geometry,  # (K, kw, stride, padding and dilation by y and by x)
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program owns BLOCK samples."""
     ACC: tl.constexpr = weights_ptr.dtype.element_ty
-    height, width, _ = size
     sample = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if not WIDE:
         sample = sample.to(tl.int32)  # whose division is quick
@@ -51,7 +52,7 @@ def deform_plan_kernel(
     image, pixel = p // pixels, (p % pixels).to(tl.int32)
     live = sample < samples
     y, x, rest_y, rest_x, outside, unknown = locate(
-        offset_ptr, offset_strides, image, pixel, gk, live, size, geometry, ACC
+        offset_ptr, offset_strides, image, pixel, gk, live, height, width, out_width, geometry, ACC
     )
     up, down = tl.where(y >= 0, 1 - rest_y, 0.0), tl.where(y + 1 < height, rest_y, 0.0)
     left, right = tl.where(x >= 0, 1 - rest_x, 0.0), tl.where(x + 1 < width, rest_x, 0.0)
@@ -297,7 +298,7 @@ def deform_conv_bwd_kernel(
         tl.store(out, four(sums[0], sums[1], sums[2], sums[3], BM), mask=(p < P)[:, None])
 
 
-@triton.jit(do_not_specialize=["samples", "P", "pixels", "size", "geometry"])
+@triton.jit(do_not_specialize=["samples", "P", "pixels", "height", "width", "out_width"])
 def deform_shift_bwd_kernel(
     sums_ptr,  # [G * K, P, 4] fp32 | fp64
     offset_ptr,  # [images, 2 * G * K, pixels], read through its strides
@@ -309,14 +310,15 @@ def deform_shift_bwd_kernel(
     pixels,
     offset_strides,
     mask_strides,
-    size,  # (H, W, Wo)
+    height,
+    width,
+    out_width,
     geometry,  # (K, kw, stride, padding and dilation by y and by x)
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Gradients by offset and mask. One program owns BLOCK samples."""
     ACC: tl.constexpr = sums_ptr.dtype.element_ty
-    height, width, _ = size
     sample = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if not WIDE:
         sample = sample.to(tl.int32)  # whose division is quick
@@ -324,7 +326,7 @@ def deform_shift_bwd_kernel(
     image, pixel = p // pixels, (p % pixels).to(tl.int32)
     live = sample < samples
     y, x, down, right, outside, unknown = locate(
-        offset_ptr, offset_strides, image, pixel, gk, live, size, geometry, ACC
+        offset_ptr, offset_strides, image, pixel, gk, live, height, width, out_width, geometry, ACC
     )
     # Beyond the border, where the plan names a neighbour, there is nothing.
     north, south = (y >= 0) & live, (y + 1 < height) & live
@@ -352,7 +354,7 @@ def deform_shift_bwd_kernel(
         tl.store(d_offset_ptr + at + pixels, d_x.to(d_offset_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["P", "pixels", "size"])
+@triton.jit(do_not_specialize=["P", "pixels", "images", "height", "width"])
 def deform_gather_kernel(
     grad_ptr,  # of the columns, read through its strides, by image, pixel, tap and channel
     weights_ptr,  # [G * K, P, 4] fp32 | fp64
@@ -362,7 +364,9 @@ def deform_gather_kernel(
     P,
     pixels,  # of an output image
     strides,
-    size,  # (images, H, W)
+    images,
+    height,
+    width,
     sizes,  # (C, C / offset groups)
     K: tl.constexpr,
     BM: tl.constexpr,
@@ -375,7 +379,6 @@ def deform_gather_kernel(
     """
     ACC: tl.constexpr = weights_ptr.dtype.element_ty
     stride_b, stride_p, stride_k, stride_c = strides
-    images, height, width = size
     C, per_offset = sizes
     per_group = tl.cdiv(per_offset, BK)
     group = tl.program_id(1) // per_group

@@ -35,6 +35,14 @@ KERNELS = {
     "nms_resolve_kernel",
     "nms_suppress_kernel",
     "soft_nms_kernel",
+    "deform_plan_kernel",
+    "deform_shift_bwd_kernel",
+    "deform_sample_fwd_kernel",
+    "deform_sample_bwd_kernel",
+    "deform_gather_kernel",
+    "deform_conv_fwd_kernel",
+    "deform_conv_bwd_kernel",
+    "deform_conv_wgrad_kernel",
 }
 # That compare an IoU with a threshold, exactly but without a division: two fused multiply-adds.
 COMPARING = {"nms_small_kernel", "nms_segments_kernel", "nms_mask_kernel", "nms_suppress_kernel"}

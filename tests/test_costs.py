@@ -15,6 +15,8 @@ from dlops_triton import (
     box_match,
     complete_box_iou,
     complete_box_iou_loss,
+    deform_conv2d,
+    deform_sample,
     generalized_box_iou_loss,
     ghmc_loss,
     ghmr_loss,
@@ -89,6 +91,25 @@ CALLS: dict[str, tuple[Callable[..., Any], int, int, int]] = {
             a[None], x[None, :, 0], idxs=t[None], valid=t[:1], max_output=9
         )[0],
         1, 0, 0,
+    ),
+    "deform_sample": (
+        lambda x, t, a, b: deform_sample(
+            x[..., None, None], a.detach()[:, :2, None, None], 1, mask=x[:, :1, None, None]
+        ).sum(),
+        2, 4, 0,
+    ),
+    "deform_conv2d": (
+        lambda x, t, a, b: deform_conv2d(
+            x[..., None, None], a[:, :2, None, None], x.detach()[:3, :, None, None]
+        ).sum(),
+        2, 4, 0,
+    ),
+    "deform_conv2d fused": (
+        lambda x, t, a, b: deform_conv2d(
+            x[:, :4, None, None].half().repeat(1, 4, 1, 1), a.detach()[:, :2, None, None],
+            x[:16, :4, None, None].half().repeat(1, 4, 1, 1),
+        ).sum(),
+        2, 4, 0,
     ),
 }  # fmt: skip
 
