@@ -92,7 +92,7 @@ def _traffic(bench: Bench, small: Case, dtype: str, mode: str) -> Row:
             launch(kernel, grid, *args, **settings)
             plain = kernel.kwargs.get("do_not_specialize") or ()
             arguments = {
-                part: _token(a, name not in plain)
+                part: _token(a, part != name or name not in plain)
                 for name, argument in zip(kernel.arg_names, args, strict=False)
                 for part, a in _parts(name, argument)
             }
@@ -171,7 +171,10 @@ def _peak_memory(call: Callable[[], Any]) -> int:
 
 
 def _parts(name: str, argument: Any) -> Iterator[tuple[str, Any]]:
-    """An argument, or of a tuple its elements, by their names in the compile gate."""
+    """An argument, or of a tuple its elements, by their names in the compile gate.
+
+    Triton specialises by elements whatever ``do_not_specialize`` says of the tuple.
+    """
     if not isinstance(argument, tuple):
         yield name, argument
         return

@@ -306,9 +306,9 @@ def _case(
     n, c, h, w = sizes
     kernel = {"kh": 3, "kw": 3}
     full = {"n": n, "c": c, "h": h, "w": w, "co": c, **kernel, "groups": groups, "sigma": sigma}
-    # 16 divides strides of the one and of the other.
-    pixels = {"h": 8, "w": 8} if h * w % 16 == 0 else {"h": 4, "w": 14}
-    return Case(name, full, {**full, **pixels, "n": 2}, dtypes, modes, option)
+    # 16 divides the one's sizes and strides where it divides the other's.
+    low, across = (4, 16) if w % 16 == 0 else (8, 8) if h * w % 16 == 0 else (4, 14)
+    return Case(name, full, {**full, "n": 2, "h": low, "w": across}, dtypes, modes, option)
 
 
 _C3, _C4, _P2 = (8, 256, 100, 152), (16, 512, 50, 76), (2, 256, 200, 304)

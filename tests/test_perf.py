@@ -60,7 +60,7 @@ ARGUMENTS: dict[str, Callable[[Mapping[str, int]], list[int]]] = {
     "match": lambda sizes: [sizes["n"], sizes["m"]],
     "nms": lambda sizes: [sizes["n"]],
     "soft_nms": lambda sizes: [sizes["n"]],
-    "deform": lambda sizes: [sizes["c"], sizes["co"], sizes["h"] * sizes["w"]],
+    "deform": lambda sizes: [sizes[k] for k in "chw"] + [sizes["co"], sizes["h"] * sizes["w"]],
 }
 
 

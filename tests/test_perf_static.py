@@ -85,7 +85,7 @@ def test_a_kernel_takes_as_long_as_the_slowest_of_what_it_does() -> None:
     assert of(FULL) == (pytest.approx(1e9 / issue), "instructions")
     assert of(FULL, special=2e8) == (pytest.approx(2e8 / issue * 8), "special functions")
     assert of(FULL, bytes=4.32e9) == (pytest.approx(1e-3), "bytes")
-    assert of(FULL, atomics=64e3 * 132) == (pytest.approx(1e3 / 1.98e9), "atomics")
+    assert of(FULL, atomics=64e6 * 132) == (pytest.approx(1e6 / 1.98e9), "atomics")
     tensor = {"products": 989.4e9}
     assert of(FULL, **tensor) == (pytest.approx(1e-3), "matrix products")
     assert of(FULL, **tensor, precision="tf32")[0] == pytest.approx(2e-3)  # type: ignore[arg-type]
