@@ -29,8 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dlops_triton import _deform, deform_conv2d, deform_sample
-from dlops_triton import deform as op
+from dlops_triton import _deform, _deform_ops, deform_conv2d, deform_sample
 from dlops_triton.reference import deform as reference
 
 from .bench import AbsentError, Arrays, Bench, Case, Inputs, Sizes, Work, compiled, optional
@@ -115,7 +114,9 @@ def _padding(case: Case) -> tuple[int, int]:
     return case.sizes["kh"] // 2, case.sizes["kw"] // 2
 
 
-def _conv(case: Case, i: Inputs, implementation: op.Implementation | None) -> Callable[[], Tensor]:
+def _conv(
+    case: Case, i: Inputs, implementation: _deform_ops.Implementation | None
+) -> Callable[[], Tensor]:
     return lambda: deform_conv2d(
         i["input"],
         i["offset"],
@@ -126,11 +127,14 @@ def _conv(case: Case, i: Inputs, implementation: op.Implementation | None) -> Ca
     )
 
 
-def _other(implementation: op.Implementation) -> Callable[[Case, Inputs], Callable[[], Tensor]]:
+def _other(
+    implementation: _deform_ops.Implementation,
+) -> Callable[[Case, Inputs], Callable[[], Tensor]]:
     def bind(case: Case, i: Inputs) -> Callable[[], Tensor]:
-        _no_columns(case)
+        _no_sampling(case)
         with _flags(case):
-            chosen = op._choose(i["input"], i["weight"], i["offset"])
+            x = i["input"].permute(0, 2, 3, 1)
+            chosen = _deform_ops._choose(x, i["offset"], i["weight"])
         if chosen == implementation:
             raise AbsentError("it is what ours has chosen")
         return _conv(case, i, implementation)
@@ -147,7 +151,7 @@ def _compile(case: Case, i: Inputs) -> Callable[[], Tensor]:
 
 
 def _torchvision(case: Case, i: Inputs) -> Callable[[], Tensor]:
-    _no_columns(case)
+    _no_sampling(case)
     conv = optional("torchvision.ops").deform_conv2d
 
     def call() -> Tensor:
@@ -162,15 +166,15 @@ def _torchvision(case: Case, i: Inputs) -> Callable[[], Tensor]:
 
 
 def _conv2d(case: Case, i: Inputs) -> Callable[[], Tensor]:
-    _no_columns(case)
+    _no_sampling(case)
     if case.option == "offset":
         raise AbsentError("it has no offset")
     return lambda: F.conv2d(i["input"], i["weight"], padding=_padding(case))
 
 
-def _no_columns(case: Case) -> None:
+def _no_sampling(case: Case) -> None:
     if case.option == "sample":
-        raise AbsentError("it makes no columns")
+        raise AbsentError("it is a whole convolution")
 
 
 @contextlib.contextmanager
