@@ -356,7 +356,7 @@ def _products(
     run = math.gcd(per_group, per_offset)
     options = _by_line(values, x, run)
     options["BN"] = min(options["BN"], max(16, triton.next_power_of_2(out)))
-    precision = _dispatch.precision(x.dtype)
+    precision = _dispatch.precision(x.dtype, x.device)
     if precision == "ieee" and x.dtype in (torch.float32, torch.float64):
         # Without tensor cores a program holds its operands in registers.
         options |= {key: min(options[key], 32) for key in ("BM", "BN")} | {"BK": 16}

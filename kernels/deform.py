@@ -21,7 +21,7 @@ cores and 8 P K C others. The columns, s P K C, exist nowhere in the fused kerne
 import triton
 import triton.language as tl
 
-from ._deform import chunk_start, four, interpolate, load_corner, load_plan, locate
+from ._deform import chunk_start, four, interpolate, load_corner, locate
 
 
 @triton.jit(do_not_specialize=["samples", "P", "pixels", "height", "width", "out_width"])
@@ -175,32 +175,24 @@ def deform_conv_fwd_kernel(
 @triton.jit
 def _spread(
     each, x_ptr, rows_ptr, weights_ptr, d_x_ptr, sample, channels, live, C, sums, PTX: tl.constexpr
-):  # fmt: skip
+):
     """Give a gradient by columns, ``each`` [samples, channels], to what the columns are made of.
 
-    To the image, by reductions in memory; and to the four sums over channels of what ``each`` and
-    a corner's pixel have in common, which are returned.
+    To the image, by additions in memory; and to the sums [samples, 4] over channels of what
+    ``each`` and a corner's pixel have in common, which are returned.
     """
-    s0, s1, s2, s3 = sums
-    r0, r1, r2, r3, w0, w1, w2, w3 = load_plan(rows_ptr, weights_ptr, sample)
-    if x_ptr is not None:
-        s0 += tl.sum(load_corner(x_ptr, r0, channels, live, C, True, PTX) * each, axis=1)
-        s1 += tl.sum(load_corner(x_ptr, r1, channels, live, C, True, PTX) * each, axis=1)
-        s2 += tl.sum(load_corner(x_ptr, r2, channels, live, C, True, PTX) * each, axis=1)
-        s3 += tl.sum(load_corner(x_ptr, r3, channels, live, C, True, PTX) * each, axis=1)
-    if d_x_ptr is not None:
-        _add_corner(d_x_ptr, r0, w0, each, channels, live, C)
-        _add_corner(d_x_ptr, r1, w1, each, channels, live, C)
-        _add_corner(d_x_ptr, r2, w2, each, channels, live, C)
-        _add_corner(d_x_ptr, r3, w3, each, channels, live, C)
-    return s0, s1, s2, s3
-
-
-@triton.jit
-def _add_corner(d_x_ptr, row, weight, each, channels, live, C):
-    seen = ((row >= 0) & (weight != 0))[:, None] & live
-    at = row.to(tl.int64)[:, None] * C + channels
-    tl.atomic_add(d_x_ptr + at, each * weight[:, None], mask=seen, sem="relaxed")
+    for corner in range(4):
+        row = tl.load(rows_ptr + sample * 4 + corner)
+        if x_ptr is not None:
+            pixel = load_corner(x_ptr, row, channels, live, C, True, PTX)
+            shared = tl.sum(pixel * each, axis=1)
+            sums += tl.where(tl.arange(0, 4)[None, :] == corner, shared[:, None], 0.0)
+        if d_x_ptr is not None:
+            weight = tl.load(weights_ptr + sample * 4 + corner)
+            seen = ((row >= 0) & (weight != 0))[:, None] & live
+            at = row.to(tl.int64)[:, None] * C + channels
+            tl.atomic_add(d_x_ptr + at, each * weight[:, None], mask=seen, sem="relaxed")
+    return sums
 
 
 @triton.jit(do_not_specialize=["P", "pixels"])
@@ -230,8 +222,7 @@ def deform_sample_bwd_kernel(
     first = gk // K * per_offset
     inner = tl.arange(0, BK)[None, :]
     at = p // pixels * stride_b + p % pixels * stride_p + gk % K * stride_k
-    zero = tl.zeros((BM,), ACC)
-    sums = (zero, zero, zero, zero)
+    sums = tl.zeros((BM, 4), ACC)
     for c in range(0, per_offset, BK):
         live = (p < P)[:, None] & (c + inner < per_offset)
         channels = (first + c + inner).to(tl.int64)
@@ -241,7 +232,7 @@ def deform_sample_bwd_kernel(
         )
     if sums_ptr is not None:
         out = sums_ptr + sample[:, None] * 4 + tl.arange(0, 4)[None, :]
-        tl.store(out, four(sums[0], sums[1], sums[2], sums[3], BM), mask=(p < P)[:, None])
+        tl.store(out, sums, mask=(p < P)[:, None])
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -270,8 +261,7 @@ def deform_conv_bwd_kernel(
     p = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     sample = gk.to(tl.int64) * P + tl.minimum(p, P - 1)
     inner, o = tl.arange(0, BK), tl.arange(0, BN)
-    zero = tl.zeros((BM,), ACC)
-    sums = (zero, zero, zero, zero)
+    sums = tl.zeros((BM, 4), ACC)
     for i in range(per_offset // run * tl.cdiv(run, BK)):
         c, count = chunk_start(i, run, EVEN, BK)
         first = gk // K * per_offset + c
@@ -295,7 +285,7 @@ def deform_conv_bwd_kernel(
         )  # fmt: skip
     if sums_ptr is not None:
         out = sums_ptr + sample[:, None] * 4 + tl.arange(0, 4)[None, :]
-        tl.store(out, four(sums[0], sums[1], sums[2], sums[3], BM), mask=(p < P)[:, None])
+        tl.store(out, sums, mask=(p < P)[:, None])
 
 
 @triton.jit(do_not_specialize=["samples", "P", "pixels", "height", "width", "out_width"])

@@ -89,6 +89,7 @@ def draw(rng: np.random.Generator, dtype: torch.dtype) -> Case:
     offset = rng.normal(size=(images, 2 * offset_groups * taps, *out)) * pick(0.1, 1, 4)
     offset[rng.random(offset.shape) < 0.2] = pick(0, 1, -1, 2)
     offset = np.where(rng.random(offset.shape) < 0.3, np.round(offset * 4) / 4, offset)
+    offset = np.round(offset * 2**30) / 2**30  # positions are exact, in the oracle as well
     if pick(0, 1):
         offset[rng.random(offset.shape) < 0.1] = pick(1e4, -1e4, 6e4)
 

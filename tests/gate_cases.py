@@ -166,7 +166,7 @@ def _deform_conv(
     channels: int = 256,
     groups: int = 1,
     needs: str = "x offset mask weight",
-    precision: str = "ieee",
+    tf32: bool = False,
     in_order: bool = False,
 ) -> None:
     """A 3 x 3 convolution in channels-last format, of ``needs`` as many gradients."""
@@ -177,19 +177,20 @@ def _deform_conv(
     taps = 9 * groups
     x = torch.zeros(2, 12, 12, channels, dtype=dtype).permute(0, 3, 1, 2)
     x.requires_grad_("x" in needs.split())
-    with mock.patch.object(_dispatch, "precision", return_value=precision):
-        out = deform_conv2d(
-            x,
-            tensor("offset", 2, 2 * taps, 12, 12),
-            tensor("weight", channels, channels // groups, 3, 3),
-            padding=1,
-            mask=tensor("mask", 2, taps, 12, 12),
-            _implementation=implementation,  # type: ignore[arg-type]
-        )
-        torch.use_deterministic_algorithms(in_order)
-        if needs:
-            out.backward(torch.ones_like(out))
-        torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    out = deform_conv2d(
+        x,
+        tensor("offset", 2, 2 * taps, 12, 12),
+        tensor("weight", channels, channels // groups, 3, 3),
+        padding=1,
+        mask=tensor("mask", 2, taps, 12, 12),
+        _implementation=implementation,  # type: ignore[arg-type]
+    )
+    torch.use_deterministic_algorithms(in_order)
+    if needs:
+        out.backward(torch.ones_like(out))
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def _deform_sample(dtype: torch.dtype) -> None:
@@ -281,7 +282,7 @@ _CALLS: dict[str, Callable[[], None]] = {
     "deform_conv float16 odd": functools.partial(
         _deform_conv, HALF, channels=40, groups=2, needs=""
     ),
-    "deform_conv float32 tf32": functools.partial(_deform_conv, FLOAT, needs="", precision="tf32"),
+    "deform_conv float32 tf32": functools.partial(_deform_conv, FLOAT, needs="", tf32=True),
     "deform_conv float64": functools.partial(_deform_conv, DOUBLE, channels=32),
     "deform_conv float32 in order": functools.partial(
         _deform_conv, FLOAT, "columns", channels=64, needs="x", in_order=True

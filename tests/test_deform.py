@@ -274,13 +274,18 @@ def test_the_choice(dtype: torch.dtype, kernel: torch.device) -> None:
         assert kernels(16) == fused
 
 
-def test_tf32_is_torchs_flag() -> None:
-    assert _dispatch.precision(torch.float32) == "ieee"
+def test_tf32_is_torchs_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    assert _dispatch.precision(torch.float32, device) == "ieee"
     flags = torch.backends.cuda.matmul
     flags.allow_tf32 = True
     try:
-        assert _dispatch.precision(torch.float32) == "tf32"
-        assert _dispatch.precision(torch.float64) == _dispatch.precision(torch.half) == "ieee"
+        assert _dispatch.precision(torch.float32, device) == "tf32"
+        for dtype in (torch.float64, torch.half):
+            assert _dispatch.precision(dtype, device) == "ieee"
+        for target, want in (("sm_90", "tf32"), ("gfx942", "tf32"), ("gfx950", "ieee")):
+            monkeypatch.setattr(_dispatch, "gpu", lambda device, t=target: ("", t))
+            assert _dispatch.precision(torch.float32, device) == want
     finally:
         flags.allow_tf32 = False
 
