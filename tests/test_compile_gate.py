@@ -229,7 +229,7 @@ def test_deformable_convolution_multiplies_by_tensor_cores(gate: list[Record]) -
     for other in ("conv_bwd", "conv_wgrad"):
         assert "wgmma.mma_async" in deformable(gate, other).ptx
     for kernel in ("conv_fwd", "conv_bwd", "conv_wgrad"):
-        assert deformable(gate, kernel, "gfx942").code.loop_counts["tensor"] > 0
+        assert deformable(gate, kernel, "gfx942").code.counts["tensor"] > 0
 
 
 def test_gradient_by_the_image_is_added_in_vectors(gate: list[Record]) -> None:
