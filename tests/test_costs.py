@@ -240,3 +240,21 @@ def test_traffic_of_soft_nms(kernel: torch.device) -> None:
     assert got.loaded_sectors * 32 <= 16 * n + 4 * n + 64
     assert got.loaded == 16 * n + 4 * n + 100 * 16
     assert got.stored == 100 * 4
+
+
+def test_traffic_of_the_fused_deformable_convolution(kernel: torch.device) -> None:
+    c, out, size, taps = 64, 32, 16, 9
+    x = torch.zeros(1, c, size, size, dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    offset = torch.zeros(1, 2 * taps, size, size)
+    weight = torch.zeros(out, c, 3, 3, dtype=torch.bfloat16)
+    got = metered(kernel, lambda: deform_conv2d(x, offset, weight, padding=1))
+    assert got.kernels == ["deform_plan_kernel", "deform_conv_fwd_kernel"]
+    pixels = size * size
+    plan, image, weights = 32 * taps * pixels, 2 * c * pixels, 2 * taps * c * out
+    inside = (3 * size - 2) ** 2  # samples
+    # Four corners of each, from L1 for the most part; weights for every 64 outputs.
+    tiles = pixels // 64
+    assert got.loaded == 8 * taps * pixels + plan + 4 * 2 * c * inside + tiles * weights
+    assert got.stored == plan + 2 * out * pixels
+    assert got.loaded_sectors * 32 == 8 * taps * pixels + plan + image + weights
