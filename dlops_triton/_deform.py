@@ -97,7 +97,9 @@ def make_plan(
         pixels,
         offset.stride(),
         (0, 0, 0) if mask is None else mask.stride(),
-        (height, width, out_width),
+        height,
+        width,
+        out_width,
         _numbers(geometry),
         WIDE=all_taps * size >= 2**30,
         enable_fp_fusion=True,
@@ -194,7 +196,9 @@ def _gather(grad: Tensor, x: Tensor, plan: Plan) -> Tensor:
         plan.size,
         plan.pixels,
         grad.stride(),
-        (b, height, width),
+        b,
+        height,
+        width,
         (c, run),
         K=plan.taps,
         enable_fp_fusion=True,
@@ -233,7 +237,9 @@ def shift_grads(
         flat.shape[2],
         flat.stride(),
         (0, 0, 0) if flat_mask is None else flat_mask.stride(),
-        (x.shape[1], x.shape[2], out_width),
+        x.shape[1],
+        x.shape[2],
+        out_width,
         _numbers(geometry),
         WIDE=taps * size >= 2**30,
         enable_fp_fusion=True,
@@ -252,7 +258,7 @@ def conv(x: Tensor, plan: Plan, w: Tensor, bias: Tensor | None, out: Tensor) -> 
         plan.rows,
         plan.weights,
         w,
-        bias,
+        None if bias is None else bias.contiguous(),
         out,
         plan.size,
         sizes,
@@ -350,7 +356,7 @@ def _products(
     run = math.gcd(per_group, per_offset)
     options = _by_line(values, x, run)
     options["BN"] = min(options["BN"], max(16, triton.next_power_of_2(out)))
-    precision = _dispatch.precision(x.dtype)
+    precision = _dispatch.precision(x.dtype, x.device)
     if precision == "ieee" and x.dtype in (torch.float32, torch.float64):
         # Without tensor cores a program holds its operands in registers.
         options |= {key: min(options[key], 32) for key in ("BM", "BN")} | {"BK": 16}

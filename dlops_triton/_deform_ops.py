@@ -30,7 +30,7 @@ def _choose(x: Tensor, offset: Tensor, weight: Tensor) -> Implementation:
     run = math.gcd(per_group, c // offset_groups)
     outputs = len(weight) * per_group // c
     halves = x.dtype in (torch.float16, torch.bfloat16)
-    fast = halves or _dispatch.precision(x.dtype) == "tf32"
+    fast = halves or _dispatch.precision(x.dtype, x.device) == "tf32"
     return "fused" if fast and min(run, outputs) >= 16 else "columns"
 
 

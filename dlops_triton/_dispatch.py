@@ -128,11 +128,10 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# Not traced, as the newer flag cannot be; torch guards every graph with the flags' value.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def precision(dtype: torch.dtype) -> Literal["tf32", "ieee"]:
+def precision(dtype: torch.dtype, device: torch.device) -> Literal["tf32", "ieee"]:
     """How ``tl.dot`` multiplies: in fp32 as torch's flag for matrix products says."""
-    if dtype != torch.float32:
+    target = gpu(device)[1]
+    if dtype != torch.float32 or (target.startswith("gfx") and target != "gfx942"):
         return "ieee"
     flags = torch.backends.cuda.matmul
     # The older flag refuses to be read once the newer, of torch 2.9, is in use.

@@ -101,12 +101,13 @@ def deform_conv2d(
 
     In half precision, and in fp32 with TF32, one kernel samples and multiplies; else columns are
     sampled and torch multiplies, for as many images at a time as fit 512 MiB. Besides the result
-    forward takes the plan, 32 bytes per sample and offset group (48 in fp64), and no columns in
-    the former case. Nothing but the arguments is kept for backward, which computes only the
-    gradients that are needed. That by the input is summed by atomic additions, in an order, and
-    so a last bit, that differs from run to run; under ``torch.use_deterministic_algorithms`` in a
-    fixed order, from columns. All else is bitwise deterministic. No host synchronisation.
-    Differentiating twice raises.
+    forward takes the plan, 32 bytes per sample and offset group (48 in fp64), the weights in
+    another order, and no columns in the former case. For backward the arguments are kept (input in
+    channels-last format); to keep columns as well, multiply those of `deform_sample`. Backward
+    computes the gradients that are needed, no others. That by input is summed by atomic additions,
+    in an order, and so to a last bit, that differs from run to run; under
+    ``torch.use_deterministic_algorithms`` in a fixed order, from columns. All else is bitwise
+    deterministic. No host synchronisation. Differentiating twice raises.
     """
     _checks.tensor("weight", weight)
     if weight.dim() != 4:
@@ -116,8 +117,9 @@ def deform_conv2d(
     kernel_size = (weight.shape[2], weight.shape[3])
     geometry = check_geometry(kernel_size, stride, padding, dilation)
     _check(input, offset, mask, geometry)
-    if torch.is_autocast_enabled(input.device.type):
-        input, weight, bias = (_autocast(t, input.device.type) for t in (input, weight, bias))
+    kind = input.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        input, weight, bias = (_autocast(t, kind) for t in (input, weight, bias))
     _check_weight(input, weight, bias)
     x = input.contiguous(memory_format=torch.channels_last)
     out: Tensor = _Conv.apply(  # type: ignore[no-untyped-call]

@@ -24,15 +24,26 @@ def _along(position, shift, size):
 
 
 @triton.jit
-def locate(offset_ptr, strides, image, pixel, gk, live, size, geometry, ACC: tl.constexpr):
+def locate(
+    offset_ptr,
+    strides,
+    image,
+    pixel,
+    gk,
+    live,
+    height,
+    width,
+    out_width,
+    geometry,
+    ACC: tl.constexpr,
+):
     """Samples of tap ``gk`` (offset groups outermost) for output pixels: y, x, their rests,
     whether they lie outside, and whether it is unknown where, for a coordinate is NaN.
 
-    strides: of the offset, by image, channel and pixel; size: (H, W, Wo); geometry: (K, kw, then
-    stride, padding and dilation, each by y and by x).
+    strides: of the offset, by image, channel and pixel; geometry: (K, kw, then stride,
+    padding and dilation, each by y and by x).
     """
     stride_b, stride_c, stride_p = strides
-    height, width, out_width = size
     taps, across, step_y, step_x, pad_y, pad_x, spread_y, spread_x = geometry
     tap = gk % taps
     at = image.to(tl.int64) * stride_b + gk.to(tl.int64) * 2 * stride_c

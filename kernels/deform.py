@@ -21,10 +21,10 @@ cores and 8 P K C others. The columns, s P K C, exist nowhere in the fused kerne
 import triton
 import triton.language as tl
 
-from ._deform import chunk_start, four, interpolate, load_corner, load_plan, locate
+from ._deform import chunk_start, four, interpolate, load_corner, locate
 
 
-@triton.jit(do_not_specialize=["samples", "P", "pixels", "size", "geometry"])
+@triton.jit(do_not_specialize=["samples", "P", "pixels", "height", "width", "out_width"])
 def deform_plan_kernel(
     offset_ptr,  # [images, 2 * G * K, pixels], read through its strides
     mask_ptr,  # [images, G * K, pixels], read through its strides, or None
@@ -36,14 +36,15 @@ def deform_plan_kernel(
     pixels,
     offset_strides,
     mask_strides,
-    size,  # (H, W, Wo)
+    height,
+    width,
+    out_width,
     geometry,  # (K, kw, stride, padding and dilation by y and by x)
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program owns BLOCK samples."""
     ACC: tl.constexpr = weights_ptr.dtype.element_ty
-    height, width, _ = size
     sample = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if not WIDE:
         sample = sample.to(tl.int32)  # whose division is quick
@@ -51,7 +52,7 @@ def deform_plan_kernel(
     image, pixel = p // pixels, (p % pixels).to(tl.int32)
     live = sample < samples
     y, x, rest_y, rest_x, outside, unknown = locate(
-        offset_ptr, offset_strides, image, pixel, gk, live, size, geometry, ACC
+        offset_ptr, offset_strides, image, pixel, gk, live, height, width, out_width, geometry, ACC
     )
     up, down = tl.where(y >= 0, 1 - rest_y, 0.0), tl.where(y + 1 < height, rest_y, 0.0)
     left, right = tl.where(x >= 0, 1 - rest_x, 0.0), tl.where(x + 1 < width, rest_x, 0.0)
@@ -174,32 +175,24 @@ def deform_conv_fwd_kernel(
 @triton.jit
 def _spread(
     each, x_ptr, rows_ptr, weights_ptr, d_x_ptr, sample, channels, live, C, sums, PTX: tl.constexpr
-):  # fmt: skip
+):
     """Give a gradient by columns, ``each`` [samples, channels], to what the columns are made of.
 
-    To the image, by reductions in memory; and to the four sums over channels of what ``each`` and
-    a corner's pixel have in common, which are returned.
+    To the image, by additions in memory; and to the sums [samples, 4] over channels of what
+    ``each`` and a corner's pixel have in common, which are returned.
     """
-    s0, s1, s2, s3 = sums
-    r0, r1, r2, r3, w0, w1, w2, w3 = load_plan(rows_ptr, weights_ptr, sample)
-    if x_ptr is not None:
-        s0 += tl.sum(load_corner(x_ptr, r0, channels, live, C, True, PTX) * each, axis=1)
-        s1 += tl.sum(load_corner(x_ptr, r1, channels, live, C, True, PTX) * each, axis=1)
-        s2 += tl.sum(load_corner(x_ptr, r2, channels, live, C, True, PTX) * each, axis=1)
-        s3 += tl.sum(load_corner(x_ptr, r3, channels, live, C, True, PTX) * each, axis=1)
-    if d_x_ptr is not None:
-        _add_corner(d_x_ptr, r0, w0, each, channels, live, C)
-        _add_corner(d_x_ptr, r1, w1, each, channels, live, C)
-        _add_corner(d_x_ptr, r2, w2, each, channels, live, C)
-        _add_corner(d_x_ptr, r3, w3, each, channels, live, C)
-    return s0, s1, s2, s3
-
-
-@triton.jit
-def _add_corner(d_x_ptr, row, weight, each, channels, live, C):
-    seen = ((row >= 0) & (weight != 0))[:, None] & live
-    at = row.to(tl.int64)[:, None] * C + channels
-    tl.atomic_add(d_x_ptr + at, each * weight[:, None], mask=seen, sem="relaxed")
+    for corner in range(4):
+        row = tl.load(rows_ptr + sample * 4 + corner)
+        if x_ptr is not None:
+            pixel = load_corner(x_ptr, row, channels, live, C, True, PTX)
+            shared = tl.sum(pixel * each, axis=1)
+            sums += tl.where(tl.arange(0, 4)[None, :] == corner, shared[:, None], 0.0)
+        if d_x_ptr is not None:
+            weight = tl.load(weights_ptr + sample * 4 + corner)
+            seen = ((row >= 0) & (weight != 0))[:, None] & live
+            at = row.to(tl.int64)[:, None] * C + channels
+            tl.atomic_add(d_x_ptr + at, each * weight[:, None], mask=seen, sem="relaxed")
+    return sums
 
 
 @triton.jit(do_not_specialize=["P", "pixels"])
@@ -229,8 +222,7 @@ def deform_sample_bwd_kernel(
     first = gk // K * per_offset
     inner = tl.arange(0, BK)[None, :]
     at = p // pixels * stride_b + p % pixels * stride_p + gk % K * stride_k
-    zero = tl.zeros((BM,), ACC)
-    sums = (zero, zero, zero, zero)
+    sums = tl.zeros((BM, 4), ACC)
     for c in range(0, per_offset, BK):
         live = (p < P)[:, None] & (c + inner < per_offset)
         channels = (first + c + inner).to(tl.int64)
@@ -240,7 +232,7 @@ def deform_sample_bwd_kernel(
         )
     if sums_ptr is not None:
         out = sums_ptr + sample[:, None] * 4 + tl.arange(0, 4)[None, :]
-        tl.store(out, four(sums[0], sums[1], sums[2], sums[3], BM), mask=(p < P)[:, None])
+        tl.store(out, sums, mask=(p < P)[:, None])
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -269,8 +261,7 @@ def deform_conv_bwd_kernel(
     p = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     sample = gk.to(tl.int64) * P + tl.minimum(p, P - 1)
     inner, o = tl.arange(0, BK), tl.arange(0, BN)
-    zero = tl.zeros((BM,), ACC)
-    sums = (zero, zero, zero, zero)
+    sums = tl.zeros((BM, 4), ACC)
     for i in range(per_offset // run * tl.cdiv(run, BK)):
         c, count = chunk_start(i, run, EVEN, BK)
         first = gk // K * per_offset + c
@@ -294,10 +285,10 @@ def deform_conv_bwd_kernel(
         )  # fmt: skip
     if sums_ptr is not None:
         out = sums_ptr + sample[:, None] * 4 + tl.arange(0, 4)[None, :]
-        tl.store(out, four(sums[0], sums[1], sums[2], sums[3], BM), mask=(p < P)[:, None])
+        tl.store(out, sums, mask=(p < P)[:, None])
 
 
-@triton.jit(do_not_specialize=["samples", "P", "pixels", "size", "geometry"])
+@triton.jit(do_not_specialize=["samples", "P", "pixels", "height", "width", "out_width"])
 def deform_shift_bwd_kernel(
     sums_ptr,  # [G * K, P, 4] fp32 | fp64
     offset_ptr,  # [images, 2 * G * K, pixels], read through its strides
@@ -309,14 +300,15 @@ def deform_shift_bwd_kernel(
     pixels,
     offset_strides,
     mask_strides,
-    size,  # (H, W, Wo)
+    height,
+    width,
+    out_width,
     geometry,  # (K, kw, stride, padding and dilation by y and by x)
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Gradients by offset and mask. One program owns BLOCK samples."""
     ACC: tl.constexpr = sums_ptr.dtype.element_ty
-    height, width, _ = size
     sample = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if not WIDE:
         sample = sample.to(tl.int32)  # whose division is quick
@@ -324,7 +316,7 @@ def deform_shift_bwd_kernel(
     image, pixel = p // pixels, (p % pixels).to(tl.int32)
     live = sample < samples
     y, x, down, right, outside, unknown = locate(
-        offset_ptr, offset_strides, image, pixel, gk, live, size, geometry, ACC
+        offset_ptr, offset_strides, image, pixel, gk, live, height, width, out_width, geometry, ACC
     )
     # Beyond the border, where the plan names a neighbour, there is nothing.
     north, south = (y >= 0) & live, (y + 1 < height) & live
@@ -352,7 +344,7 @@ def deform_shift_bwd_kernel(
         tl.store(d_offset_ptr + at + pixels, d_x.to(d_offset_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["P", "pixels", "size"])
+@triton.jit(do_not_specialize=["P", "pixels", "images", "height", "width"])
 def deform_gather_kernel(
     grad_ptr,  # of the columns, read through its strides, by image, pixel, tap and channel
     weights_ptr,  # [G * K, P, 4] fp32 | fp64
@@ -362,7 +354,9 @@ def deform_gather_kernel(
     P,
     pixels,  # of an output image
     strides,
-    size,  # (images, H, W)
+    images,
+    height,
+    width,
     sizes,  # (C, C / offset groups)
     K: tl.constexpr,
     BM: tl.constexpr,
@@ -375,7 +369,6 @@ def deform_gather_kernel(
     """
     ACC: tl.constexpr = weights_ptr.dtype.element_ty
     stride_b, stride_p, stride_k, stride_c = strides
-    images, height, width = size
     C, per_offset = sizes
     per_group = tl.cdiv(per_offset, BK)
     group = tl.program_id(1) // per_group

@@ -11,4 +11,4 @@ results        ``rows`` (the files), ``points`` (their numbers), ``roofline``, `
                and ``ink`` (the pictures), ``report``, ``sections``, ``page`` and ``causes``
 """
 
-OPS = ("focal", "softmax_focal", "ghm", "iou", "iou_loss", "match", "nms", "soft_nms")
+OPS = ("focal", "softmax_focal", "ghm", "iou", "iou_loss", "match", "nms", "soft_nms", "deform")

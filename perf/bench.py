@@ -3,7 +3,8 @@
 The cost model is the same for all providers: the bytes that any implementation must move between
 DRAM and the chip, each input once and each output once, and the operations of the leanest known
 formulation. An operation is one fp32 instruction of one lane, so a fused multiply-add counts once
-and half of a device's fp32 FLOP/s is its roof.
+and half of a device's fp32 FLOP/s is its roof. Products of matrices are counted apart, in FLOP, for
+tensor cores are a roof of their own.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # Largest relative error, in norm over an output, with which a provider is still timed. Peers that
 # compute in the dtype of their input need the room; wrong formulas are off by far more.
-TOLERANCE = {"bf16": 3e-2, "fp16": 4e-3, "fp32": 1e-4}
+# An option of this name lets the products of fp32 be rounded.
+TOLERANCE = {"bf16": 3e-2, "fp16": 4e-3, "fp32": 1e-4, "tf32": 4e-3}
 
 
 class AbsentError(Exception):
@@ -72,6 +74,12 @@ class Work:
     # That a program handles in a pass of its innermost loop or, without ``loop``, in all.
     block: Callable[[Constants], int]
     loop: bool = False
+    # How often a pass goes through the innermost loop, where that is in another one; the rest of
+    # the program counts once a pass.
+    trips: Callable[[Sizes, Constants], float] | None = None
+    products: Callable[[Sizes], float] = lambda sizes: 0  # FLOP by tensor cores, in all launches
+    # Bytes that do not grow with the elements, as those of weights; by bytes per element.
+    fixed: Callable[[Sizes, int], float] = lambda sizes, itemsize: 0
 
 
 @dataclass(frozen=True)
@@ -87,12 +95,18 @@ class Bench:
     reference: Callable[[Case, Inputs, str], Arrays]  # numpy; by mode
     bytes: Callable[[Case, str, int], int]  # by mode and bytes per element
     operations: Callable[[Case, str], int]  # by mode
+    products: Callable[[Case, str], int] = lambda case, mode: 0  # of matrices, in FLOP, by mode
     # Launch settings by name, each with the values that the tuner tries in all combinations.
     settings: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     kernels: Mapping[str, Work] = field(default_factory=dict)
     # Launched by torch's own operations in a call, about.
     torch_kernels: Callable[[Sizes], int] = lambda sizes: 0
     leaves: tuple[str, ...] = ()  # inputs that get a gradient; "grad" is that of the output
+    # Which, where a case's option is to tell them apart.
+    leaves_by_option: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    flags: Callable[[Case], AbstractContextManager[None]] = lambda case: contextlib.nullcontext()
+    # Providers that do other work, and so are timed without a check, each with what it leaves out.
+    unlike: Mapping[str, str] = field(default_factory=dict)
     exact: bool = False  # outputs must be equal, not close
     # The right answer by construction, where the formula or the reference takes too long or too
     # much memory at full size.
@@ -135,17 +149,36 @@ def bind(
     Raises:
         AbsentError: the provider cannot do this case.
     """
-    leaves = [inputs[name].requires_grad_(mode != "fwd") for name in bench.leaves]
+    names = bench.leaves_by_option.get(case.option, bench.leaves)
+    leaves = [inputs[name].requires_grad_(mode != "fwd") for name in names]
     forward = bench.providers[provider](case, inputs)
-    if mode == "fwd":
-        return lambda: (forward(),)
-    grad = inputs.get("grad")
+    grad, partial = inputs.get("grad"), provider in bench.unlike
 
-    def both() -> Outputs:
-        out = forward()
-        return (out.detach(), *torch.autograd.grad(out, leaves, grad))
+    def call() -> Outputs:
+        with bench.flags(case):
+            out = forward()
+            if mode == "fwd":
+                return (out,)
+            found = torch.autograd.grad(out, leaves, grad, allow_unused=partial)
+            return (out.detach(), *(t for t in found if t is not None))
 
-    return both
+    return call
+
+
+def precision(case: Case, dtype: str) -> str:
+    """In what a case's products are computed: the key of its tolerance, and part of its roof's."""
+    return case.option if case.option in TOLERANCE else dtype
+
+
+def amounts(bench: Bench, case: Case, dtype: str, mode: str) -> dict[str, Any]:
+    """The part of a row that the floor is made of."""
+    found = {
+        "bytes": bench.bytes(case, mode, DTYPES[dtype].itemsize),
+        "operations": bench.operations(case, mode),
+    }
+    if products := bench.products(case, mode):
+        return found | {"products": products, "precision": precision(case, dtype)}
+    return found
 
 
 def error(got: Outputs, want: Outputs, exact: bool = False) -> float:

@@ -102,13 +102,14 @@ def _in_small(task: Task, values: Values) -> Callable[[], None]:
 
     def call() -> None:
         with task.bench.shrunk(), _settings.override(task.setting, **values) as used:
-            for case, mode in ((c, m) for c in task.bench.cases for m in c.modes):
-                small = case.shrunk()
-                dtype = next(DTYPES[d] for d in case.dtypes if DTYPES[d].itemsize == task.size)
-                inputs = task.bench.make(small, dtype, torch.device("cpu"))
-                bench_.bind(task.bench, "ours", small, mode, inputs)()
-                if used.launches:
-                    return
+            for case in task.bench.cases:
+                dtypes = [d for d in case.dtypes if DTYPES[d].itemsize == task.size]
+                for dtype, mode in itertools.product(dtypes[:1], case.modes):
+                    small = case.shrunk()
+                    inputs = task.bench.make(small, DTYPES[dtype], torch.device("cpu"))
+                    bench_.bind(task.bench, "ours", small, mode, inputs)()
+                    if used.launches:
+                        return
 
     return call
 

@@ -15,6 +15,8 @@ LIMITS = {
     "bytes": "bytes from DRAM",
     "instructions": "the issue of instructions",
     "special functions": "exponentials, logarithms and reciprocals",
+    "matrix products": "products of matrices",
+    "atomics": "additions in memory",
     "launches": "launches",
 }
 
@@ -37,6 +39,8 @@ def losses(rows: Sequence[Row]) -> list[Loss]:
     found = []
     for row in ours_measured(rows):
         for peer in rivals(row, rows):
+            if peer.get("unlike"):
+                continue
             ratios = {clock: 1 / r for clock in CLOCKS if (r := ratio(peer, row, clock))}
             loss = Loss(row, peer, ratios)
             if ratios and loss.worst > 1:

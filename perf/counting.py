@@ -74,8 +74,7 @@ def _count(names: Sequence[str]) -> None:
                 "sizes": dict(case.sizes),
                 "mode": mode,
                 "dtype": dtype,
-                "bytes": bench.bytes(case, mode, DTYPES[dtype].itemsize),
-                "operations": bench.operations(case, mode),
+                **bench_.amounts(bench, case, dtype, mode),
             }
             row |= once(_traffic, bench, case.shrunk(), dtype, mode)
             row |= once(_outline, bench, case, dtype, mode)
@@ -89,12 +88,13 @@ def _traffic(bench: Bench, small: Case, dtype: str, mode: str) -> Row:
     with bench.shrunk(), traffic(sectors=True) as meter:
 
         def run(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
-            before = meter.dram
+            before, atomic = meter.dram, meter.atomic
             launch(kernel, grid, *args, **settings)
             plain = kernel.kwargs.get("do_not_specialize") or ()
             arguments = {
-                name: _token(a, name not in plain)
-                for name, a in zip(kernel.arg_names, args, strict=False)
+                part: _token(a, part != name or name not in plain)
+                for name, argument in zip(kernel.arg_names, args, strict=False)
+                for part, a in _parts(name, argument)
             }
             constants = {n: _plain(settings[n]) for n in kernel.arg_names if n in settings}
             launches.append(
@@ -103,6 +103,7 @@ def _traffic(bench: Bench, small: Case, dtype: str, mode: str) -> Row:
                     "arguments": arguments,
                     "constants": constants,
                     "bytes": meter.dram - before,
+                    "atomics": meter.atomic - atomic,
                 }
             )
 
@@ -167,6 +168,18 @@ def _peak_memory(call: Callable[[], Any]) -> int:
         peak = max(peak, held)
     del kept
     return peak
+
+
+def _parts(name: str, argument: Any) -> Iterator[tuple[str, Any]]:
+    """An argument, or of a tuple its elements, by their names in the compile gate.
+
+    Triton specialises by elements whatever ``do_not_specialize`` says of the tuple.
+    """
+    if not isinstance(argument, tuple):
+        yield name, argument
+        return
+    for i, element in enumerate(argument):
+        yield f"{name}[{i}]", element
 
 
 def _plain(constant: Any) -> Any:

@@ -31,6 +31,7 @@ class Gpu:
     cores: int
     clock_hz: float  # boost
     fp32: int  # fused multiply-adds
+    tensor_flop_per_s: float  # dense products of matrices in bf16 and fp16
     issue: int  # instructions of any kind
     special: int  # exponentials, logarithms, reciprocals
     dram_bytes_per_s: float
@@ -51,6 +52,12 @@ class Gpu:
     def instructions_per_s(self) -> float:
         """fp32 instructions of one lane; a fused multiply-add counts once."""
         return self.cores * self.fp32 * self.clock_hz
+
+    def matmul_flop_per_s(self, precision: str) -> float:
+        """Of products of matrices, a multiply-add counting twice; TF32 is half as fast as bf16."""
+        return {"fp32": 2 * self.instructions_per_s, "tf32": self.tensor_flop_per_s / 2}.get(
+            precision, self.tensor_flop_per_s
+        )
 
     def resident(self, registers: int, shared: int, num_warps: int) -> int:
         """Programs of a kernel that one core holds at a time; 0 if not even one fits."""
@@ -73,6 +80,7 @@ H200 = Gpu(
     cores=132,
     clock_hz=1.98e9,
     fp32=128,
+    tensor_flop_per_s=989.4e12,
     issue=128,
     special=16,
     dram_bytes_per_s=4.8e12,
@@ -94,6 +102,7 @@ A100 = Gpu(
     cores=108,
     clock_hz=1.41e9,
     fp32=64,
+    tensor_flop_per_s=312e12,
     issue=128,
     special=16,
     dram_bytes_per_s=2.039e12,
@@ -112,6 +121,7 @@ RTX_4090 = Gpu(
     cores=128,
     clock_hz=2.52e9,
     fp32=128,
+    tensor_flop_per_s=165.2e12,
     issue=128,
     special=16,
     dram_bytes_per_s=1.008e12,
@@ -132,6 +142,7 @@ MI300X = Gpu(
     cores=304,
     clock_hz=2.1e9,
     fp32=64,
+    tensor_flop_per_s=1307.4e12,
     issue=64,
     special=16,
     dram_bytes_per_s=5.3e12,

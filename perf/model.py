@@ -6,10 +6,13 @@ on the cores that they fill:
     bytes               sectors touched, at the speed of a copy
     instructions        of all kinds, at one per scheduler and clock
     special functions   at their own rate
+    matrix products     at that of tensor cores, in fp32 proper at that of multiply-adds
+    atomics             the bytes that they ask for, as fast as a core can exchange them with L2
 
 and a call takes as long as its kernels one after another, with a gap before each. Not in it: the
-latency of memory, caches that serve a second reading, branches not taken, and what torch's own
-kernels do beyond being launched. The report shows where measurements disagree.
+latency of memory, caches that serve a second reading, additions in memory that wait for each other,
+branches not taken, and what torch's own kernels do beyond being launched and multiplying matrices.
+The report shows where measurements disagree.
 """
 
 from __future__ import annotations
@@ -38,6 +41,9 @@ class Launch:
     instructions: float  # in all, of one lane
     special: float
     bytes: float
+    atomics: float = 0.0  # bytes
+    products: float = 0.0  # FLOP
+    precision: str = "bf16"
 
 
 def seconds(gpu: Gpu, launch: Launch) -> tuple[float, str]:
@@ -54,6 +60,11 @@ def seconds(gpu: Gpu, launch: Launch) -> tuple[float, str]:
         "bytes": (launch.bytes, min(gpu.copy_bytes_per_s, cores * CORE_BYTES * gpu.clock_hz)),
         "instructions": (launch.instructions, cores * gpu.issue * issuing * gpu.clock_hz),
         "special functions": (launch.special, cores * gpu.special * gpu.clock_hz),
+        "atomics": (launch.atomics, cores * CORE_BYTES * gpu.clock_hz),
+        "matrix products": (
+            launch.products,
+            cores / gpu.cores * gpu.matmul_flop_per_s(launch.precision),
+        ),
     }
     times = {name: amount / rate for name, (amount, rate) in rates.items()}
     limit = max(times, key=lambda name: times[name])

@@ -2,7 +2,8 @@
 
 The floor under a case is the least time in which its compulsory bytes can be copied and its
 operations be executed, at the rates in the row's ``roofs``: measured in the same run, or for a
-prediction those that it rests on.
+prediction those that it rests on. Products of matrices are one more such rate. Where they take
+longer than the other operations, they stand for so many of these as take as long.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Point:
     copy: float
     peak: float
     predicted: bool
+    by_products: bool = False  # operations are what products of matrices amount to
 
     @property
     def floor(self) -> float:
@@ -44,9 +46,10 @@ class Point:
 
     @property
     def bound(self) -> str:
-        """Which of the two the floor is made of."""
-        by_bytes = self.bytes / self.copy >= self.operations / self.peak
-        return "bytes" if by_bytes else "instructions"
+        """Which of them the floor is made of."""
+        if self.bytes / self.copy >= self.operations / self.peak:
+            return "bytes"
+        return "matrix products" if self.by_products else "instructions"
 
     @property
     def share(self) -> float:
@@ -68,17 +71,23 @@ def point(row: Row) -> Point | None:
     time, copy, peak = (
         seconds(row), roofs.get("copy_bytes_per_s"), roofs.get("instructions_per_s")
     )  # fmt: skip
-    if not (time and copy and peak):
+    products, tensor = (
+        row.get("products", 0),
+        roofs.get(f"matmul_{row.get('precision')}_flop_per_s"),
+    )
+    if not (time and copy and peak) or (products and not tensor):
         return None
+    equal = products * peak / tensor if products else 0.0
     return Point(
         label=label(row),
         provider=row["provider"],
         bytes=row["bytes"],
-        operations=row["operations"],
+        operations=max(row["operations"], equal),
         seconds=time,
         copy=copy,
         peak=peak,
         predicted=row["kind"] == "predicted",
+        by_products=equal > row["operations"],
     )
 
 

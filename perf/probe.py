@@ -272,7 +272,9 @@ ROOFS: dict[str, Roof] = {
     "instructions_per_s": Roof("fp32 multiply-adds", _fma, lambda g: g.instructions_per_s),
     **{
         f"matmul_{name}_flop_per_s": Roof(
-            f"matrix product, {name}", functools.partial(_matmul, dtype=dtype, tf32=name == "tf32")
+            f"matrix product, {name}",
+            functools.partial(_matmul, dtype=dtype, tf32=name == "tf32"),
+            None if name == "fp64" else functools.partial(Gpu.matmul_flop_per_s, precision=name),
         )
         for name, dtype in {
             "bf16": torch.bfloat16,

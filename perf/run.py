@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from . import machine, points, rows, timing
-from .bench import DTYPES, Job
+from .bench import Job, amounts
 from .rows import Row
 
 # Sampling a provider on a job ends after so long, or sooner where a budget leaves less.
@@ -148,8 +148,7 @@ def measured(job: Job, device: torch.device, bar: Any, share_s: float = SHARE_S)
     found = timing.measure(bench, case, dtype, mode, device, say, share_s=share_s)
     key = _key(job) | {
         "sizes": dict(case.sizes),
-        "bytes": bench.bytes(case, mode, DTYPES[dtype].itemsize),
-        "operations": bench.operations(case, mode),
+        **amounts(bench, case, dtype, mode),
     }
     for row in found:
         if us := row.get("device_p50_us") or row.get("eager_p50_us"):
@@ -176,13 +175,17 @@ def table(found: Sequence[Row]) -> str:
             f"{_number(row['eager_p50_us'])} {f'{point.share:.0%}' if point else '-':>8} "
             f"{row['launches'] or '-':>8} {_or_dash(row['synchronisations']):>5} "
             f"{_or_dash(row['peak_memory'] and row['peak_memory'] // 10**6):>8} "
-            f"{row['first_call_s']:10.2f} {row['error']:7.0e}"
+            f"{row['first_call_s']:10.2f} {_error(row['error']):>7}"
         )
     return "\n".join(lines)
 
 
 def _number(us: float | None) -> str:
     return f"{'-' if us is None else f'{us:.1f}':>9}"
+
+
+def _error(error: float | None) -> str:
+    return "unlike" if error is None else f"{error:.0e}"
 
 
 def _or_dash(value: object) -> str:

@@ -15,6 +15,8 @@ from dlops_triton import (
     box_match,
     complete_box_iou,
     complete_box_iou_loss,
+    deform_conv2d,
+    deform_sample,
     ghmc_loss,
     ghmr_loss,
     nms,
@@ -98,6 +100,26 @@ def calls(device: torch.device) -> None:
         )
     soft_nms(boxes(n), random(n), max_output=50)
     soft_nms_padded(boxes(2, 133), random(2, 133), idxs=classes[:266].view(2, 133), max_output=9)
+
+    shapes = (2, 54, 7, 11), (2, 27, 7, 11)
+    for dtype, columns in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)):
+        # Two groups of weights and three of offsets, some of which lead outside.
+        x, weight = (random(*shape, dtype=dtype) for shape in ((2, 36, 7, 11), (22, 18, 3, 3)))
+        offset, mask = (9 * random(*shape) - 4 for shape in shapes)
+        leaves = [t.requires_grad_() for t in (x, offset, weight, mask)]
+        out = deform_conv2d(
+            x,
+            offset,
+            weight,
+            padding=1,
+            mask=mask,
+            _implementation="columns" if columns else "fused",
+        )
+        torch.autograd.grad(out, leaves, random(*out.shape, dtype=dtype))
+    sampled = deform_sample(x, offset, 3, padding=1)
+    torch.use_deterministic_algorithms(True)  # gathers
+    torch.autograd.grad(sampled, (x, offset), random(*sampled.shape))
+    torch.use_deterministic_algorithms(False)
 
 
 if __name__ == "__main__":

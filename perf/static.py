@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from typing import Any
 from tqdm import tqdm
 
 from . import counting, model, rows
-from .bench import Bench, Work
+from .bench import DTYPES, Bench, Work
 from .gpus import Gpu
+from .points import point
 from .rows import Row
 
 _MODULE = f"{__package__}.counting"
@@ -107,16 +108,26 @@ def predict(row: Row, bench: Bench, records: Sequence[Any], gpu: Gpu) -> Row:
     """A row with the machine code of its kernels for a GPU, and the time that they should take."""
     kernels = []
     parts = []
+    precision = str(row.get("precision", row["dtype"]))
+    tensor = precision != "fp32"  # else the kernels' products are among their instructions
+    left: float = row.get("products", 0)  # of torch's kernels
     for name, (_, programs) in row["programs"].items():
         launches = [launch for launch in row["small_launches"] if launch["kernel"] == name]
         found = {id(r): r for launch in launches for r in records if _is_of(r, launch)}
         # Of several specialisations of one kernel the call runs each about as often.
         if not found:
             raise RuntimeError(f"no machine code of {name} is that of a launch in {row['case']}")
-        codes = [_code(r, bench.kernels[name], gpu) for r in found.values()]
         work = bench.kernels[name]
+        codes = [_code(r, work, gpu, row["sizes"]) for r in found.values()]
         elements, small = work.elements(row["sizes"]), row["small_elements"][name]
-        moved = sum(launch["bytes"] for launch in launches) * elements / small if small else 0.0
+        growth = elements / small if small else 0.0
+        fixed, in_small = (
+            work.fixed(row[sizes], DTYPES[row["dtype"]].itemsize) for sizes in ("sizes", "small")
+        )
+        moved = fixed + growth * max(sum(launch["bytes"] for launch in launches) - in_small, 0)
+        atomics = growth * sum(launch["atomics"] for launch in launches)
+        products = work.products(row["sizes"])
+        left -= products
         for code in codes:
             launch = model.Launch(
                 programs=programs,
@@ -126,19 +137,27 @@ def predict(row: Row, bench: Bench, records: Sequence[Any], gpu: Gpu) -> Row:
                 instructions=elements * code["per_element"] / len(codes),
                 special=elements * code["special_per_element"] / len(codes),
                 bytes=moved / len(codes),
+                atomics=atomics / len(codes),
+                products=products / len(codes) if tensor else 0.0,
+                precision=precision,
             )
             seconds, limit = model.seconds(gpu, launch)
             parts.append((seconds, limit))
             kernels.append(code | {"us": round(seconds * 1e6, 3), "limit": limit})
+    if left > 0:
+        parts.append((left / gpu.matmul_flop_per_s(precision), "matrix products"))
     seconds, limit = model.call(parts, row["launches"] + bench.torch_kernels(row["sizes"]))
+    roofs = {
+        "copy_bytes_per_s": round(gpu.copy_bytes_per_s),
+        "instructions_per_s": round(gpu.instructions_per_s),
+    }
+    if "products" in row:
+        roofs[f"matmul_{precision}_flop_per_s"] = round(gpu.matmul_flop_per_s(precision))
     dropped = ("programs", "small_launches", "small_elements")
     return {k: v for k, v in row.items() if k not in dropped} | {
         "gpu": gpu.name,
         "target": gpu.target,
-        "roofs": {
-            "copy_bytes_per_s": round(gpu.copy_bytes_per_s),
-            "instructions_per_s": round(gpu.instructions_per_s),
-        },
+        "roofs": roofs,
         "predicted_us": round(seconds * 1e6, 3),
         "limit": limit,
         "kernels": kernels,
@@ -158,17 +177,20 @@ def _is_of(record: Any, launch: Row) -> bool:
     return all(record.constants.get(name) == v for name, v in launch["constants"].items())
 
 
-def _code(record: Any, work: Work, gpu: Gpu) -> Row:
+def _code(record: Any, work: Work, gpu: Gpu, sizes: Mapping[str, int]) -> Row:
     """Of one kernel, what the report says.
 
     Per element: instructions of the innermost loop over the elements that a pass handles or, where
-    the kernel has no loop, of the whole program over its elements; each instruction of each warp
-    counts for all the warp's lanes. Branches are taken to run either side, once.
+    the kernel has no loop, of the whole program over its elements; where it has one loop in
+    another, of all of it, the inner one as often as a pass goes through it. Each instruction of
+    each warp counts for all the warp's lanes. Branches are taken to run either side, once.
     """
     code = record.code
     lanes = record.num_warps * gpu.warp / work.block(record.constants)
-    count = code.loop_instructions if work.loop else code.instructions
+    count: float = code.loop_instructions if work.loop else code.instructions
     special = (code.loop_counts if work.loop else code.counts).get("special", 0)
+    if work.trips:
+        count += code.loop_instructions * (work.trips(sizes, record.constants) - 1)
     return {
         "kernel": record.kernel,
         "constants": record.constants,
@@ -199,17 +221,14 @@ def _cases(found: Sequence[Row]) -> Iterator[str]:
         f"{'sectors':>8} {'launches':>8} {'MB extra':>9} {'floor us':>9} {'predicted':>10}  limit"
     )
     for row in found:
-        floor = max(
-            row["bytes"] / row["roofs"]["copy_bytes_per_s"],
-            row["operations"] / row["roofs"]["instructions_per_s"],
-        )
-        memory = row["peak_memory"]
+        placed, memory = point(row), row["peak_memory"]
+        floor_us = placed.floor * 1e6 if placed else 0.0
         yield (
             f"{row['op'] + ' ' + row['case'] + ' ' + row['dtype'] + ' ' + row['mode']:44} "
             f"{row['bytes'] / 1e6:9.2f} MB {row['operations'] / row['bytes']:8.2f} "
             f"{row['requested_bytes'] / row['small_bytes']:9.2f}x "
             f"{row['sector_bytes'] / row['small_bytes']:7.2f}x {row['launches']:8} "
-            f"{'-' if memory is None else f'{memory / 1e6:.1f}':>9} {floor * 1e6:9.1f} "
+            f"{'-' if memory is None else f'{memory / 1e6:.1f}':>9} {floor_us:9.1f} "
             f"{row['predicted_us']:10.1f}  {row['limit']}"
         )
 
@@ -239,12 +258,14 @@ def _kernels(found: Sequence[Row]) -> Iterator[str]:
 
 _NOTES = """\
 compulsory   each input read once and each output written once, by any implementation
-ops          fp32 instructions of the leanest known formulation; a fused multiply-add counts once
+ops          fp32 instructions of the leanest known formulation; a fused multiply-add counts once,
+             and products of matrices not at all
 requested    bytes that active lanes ask for, caches or not, over the compulsory bytes; on a
              smaller problem, so where traffic does not grow in proportion (NMS) it differs
 sectors      distinct 32-byte sectors touched, summed over launches, over the same
 launches     of Triton kernels, per call; the prediction adds torch's own (sorting, summing)
 MB extra     held at the worst moment beside the inputs, outputs included
-floor        of the bytes at the speed of a copy, or of the ops at the fp32 rate
+floor        of the bytes at the speed of a copy, of the ops at the fp32 rate, or of products of
+             matrices at that of tensor cores
 predicted    perf/model.py says how, limit what takes most of it
 spill, stack bytes per thread"""

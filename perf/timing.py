@@ -49,7 +49,7 @@ class Contender:
 
     provider: str
     calls: list[Call]  # the same work on different memory
-    error: float
+    error: float | None  # None: it does other work
     first_call_s: float
     samplers: dict[str, Sampler] = field(default_factory=dict)  # by clock
     samples: dict[str, list[float]] = field(default_factory=dict)
@@ -104,20 +104,28 @@ class Problem:
         got = calls[0]()
         synchronize(self.device)
         first_call_s = time.perf_counter() - start
-        error = bench_.error(got, self.want, bench.exact)
+        if provider in bench.unlike:
+            contender = Contender(provider, calls, None, first_call_s)
+            contender.facts["unlike"] = bench.unlike[provider]
+        else:
+            contender = Contender(provider, calls, self._error(provider, got), first_call_s)
         del got
+        say(provider, "capturing")
+        _add_clocks(contender, bench, self.device)
+        return contender
+
+    def _error(self, provider: str, got: Outputs) -> float:
+        bench = self.bench
+        error = bench_.error(got, self.want, bench.exact)
         small = bench_.bind(bench, provider, self.case.shrunk(), self.mode, self.small)()
         small_error = bench_.error(small, self.small_want, bench.exact)
-        tolerance = TOLERANCE[self.dtype]
+        tolerance = TOLERANCE[bench_.precision(self.case, self.dtype)]
         if not max(error, small_error) <= tolerance:
             raise RefusedError(
                 f"WRONG, so not timed: relative error {error:.1e}, in small {small_error:.1e}, of "
                 f"at most {tolerance:.0e}"
             )
-        contender = Contender(provider, calls, error, first_call_s)
-        say(provider, "capturing")
-        _add_clocks(contender, bench, self.device)
-        return contender
+        return error
 
 
 def contender(

@@ -36,6 +36,7 @@ class _Samples(NamedTuple):
     unknown: Array  # where a coordinate is NaN
 
 
+@np.errstate(invalid="ignore")  # bad data gives NaN
 def sample(x: Array, offset: Array, mask: Array | None, geometry: Geometry) -> Array:
     """[B, C * K, L] float64: the columns that the convolution multiplies with its weights.
 
@@ -53,6 +54,7 @@ def sample(x: Array, offset: Array, mask: Array | None, geometry: Geometry) -> A
     return _to_columns(values)
 
 
+@np.errstate(invalid="ignore")  # bad data gives NaN
 def sample_grad(
     x: Array, offset: Array, mask: Array | None, geometry: Geometry, grad: Array
 ) -> tuple[Array, Array, Array]:
@@ -89,6 +91,7 @@ def sample_grad(
     )
 
 
+@np.errstate(invalid="ignore")  # bad data gives NaN
 def conv2d(
     x: Array,
     offset: Array,
@@ -99,13 +102,13 @@ def conv2d(
 ) -> Array:
     """[B, Co, Ho, Wo] float64; weight: [Co, C / groups, kh, kw]."""
     weights = _grouped(weight, x.shape[1])
-    columns = sample(x, offset, mask, geometry).reshape(
-        x.shape[0], weights.shape[0], weights.shape[2], -1
-    )
-    out = (weights @ columns).reshape(x.shape[0], weight.shape[0], *offset.shape[2:])
+    columns = sample(x, offset, mask, geometry)
+    by_group = columns.reshape(len(x), len(weights), weights.shape[2], columns.shape[2])
+    out = (weights @ by_group).reshape(x.shape[0], weight.shape[0], *offset.shape[2:])
     return out if bias is None else out + bias.astype(np.float64)[:, None, None]
 
 
+@np.errstate(invalid="ignore")  # bad data gives NaN
 def conv2d_grad(
     x: Array, offset: Array, mask: Array | None, weight: Array, geometry: Geometry, grad: Array
 ) -> tuple[Array, Array, Array, Array, Array]:
@@ -113,8 +116,8 @@ def conv2d_grad(
     grad = grad.astype(np.float64)
     weights = _grouped(weight, x.shape[1])
     columns = sample(x, offset, mask, geometry)
-    by_group = columns.reshape(x.shape[0], weights.shape[0], weights.shape[2], -1)
-    d_out = grad.reshape(x.shape[0], *weights.shape[:2], -1)
+    by_group = columns.reshape(len(x), len(weights), weights.shape[2], columns.shape[2])
+    d_out = grad.reshape(len(x), *weights.shape[:2], columns.shape[2])
     d_columns = (weights.swapaxes(1, 2) @ d_out).reshape(columns.shape)
     d_weight = (d_out @ by_group.swapaxes(2, 3)).sum(0).reshape(weight.shape)
     by_sample = sample_grad(x, offset, mask, geometry, d_columns)
@@ -124,27 +127,26 @@ def conv2d_grad(
 def _samples(shape: tuple[int, ...], offset: Array, geometry: Geometry) -> _Samples:
     b, _, height, width = shape
     (kh, kw), stride, padding, dilation = geometry
+    groups = offset.shape[1] // (2 * kh * kw)
     out_h, out_w = offset.shape[2:]
-    off = offset.astype(np.float64).reshape(b, -1, kh, kw, 2, out_h, out_w)
-    with np.errstate(invalid="ignore"):
-        y = off[:, :, :, :, 0] + (
-            (np.arange(kh) * dilation[0] - padding[0])[:, None, None, None]
-            + (np.arange(out_h) * stride[0])[:, None]
-        )
-        x = off[:, :, :, :, 1] + (
-            (np.arange(kw) * dilation[1] - padding[1])[:, None, None] + np.arange(out_w) * stride[1]
-        )
-        inside = ~((y <= -1) | (y >= height) | (x <= -1) | (x >= width))
-        unknown = inside & (np.isnan(y) | np.isnan(x))
-        # Outside, and where it is not known where, all corners are in the frame.
-        y, x = (np.where(inside & ~unknown, v, -1) for v in (y, x))
+    off = offset.astype(np.float64).reshape(b, groups, kh, kw, 2, out_h, out_w)
+    y = off[:, :, :, :, 0] + (
+        (np.arange(kh) * dilation[0] - padding[0])[:, None, None, None]
+        + (np.arange(out_h) * stride[0])[:, None]
+    )
+    x = off[:, :, :, :, 1] + (
+        (np.arange(kw) * dilation[1] - padding[1])[:, None, None] + np.arange(out_w) * stride[1]
+    )
+    inside = ~((y <= -1) | (y >= height) | (x <= -1) | (x >= width))
+    unknown = inside & (np.isnan(y) | np.isnan(x))
+    # Outside, and where it is not known where, all corners are in the frame.
+    y, x = (np.where(inside & ~unknown, v, -1) for v in (y, x))
     y, x, inside, unknown = (
-        v.reshape(b, -1, kh * kw, out_h * out_w) for v in (y, x, inside, unknown)
+        v.reshape(b, groups, kh * kw, out_h * out_w) for v in (y, x, inside, unknown)
     )
     top, left = (np.floor(v).astype(np.int64) for v in (y, x))
     images = np.arange(b)[:, None, None, None] * ((height + 2) * (width + 2))
     pixels = images + (top + 1) * (width + 2) + left + 1
-    groups = top.shape[1]
     first = pixels * groups + np.arange(groups)[:, None, None]
     known = inside & ~unknown
     step_y, step_x = (np.where(known, v, 0) for v in (groups * (width + 2), groups))
@@ -185,4 +187,5 @@ def _to_columns(values: Array) -> Array:
 def _grouped(weight: Array, channels: int) -> Array:
     """[groups, Co / groups, C / groups * K] float64."""
     groups = channels // weight.shape[1]
-    return weight.astype(np.float64).reshape(groups, weight.shape[0] // groups, -1)
+    per_output = int(np.prod(weight.shape[1:]))
+    return weight.astype(np.float64).reshape(groups, weight.shape[0] // groups, per_output)

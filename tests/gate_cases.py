@@ -15,6 +15,8 @@ from dlops_triton import (
     box_match,
     complete_box_iou,
     complete_box_iou_loss,
+    deform_conv2d,
+    deform_sample,
     distance_box_iou,
     distance_box_iou_loss,
     generalized_box_iou,
@@ -158,6 +160,46 @@ def _match(dtype: torch.dtype, padded: bool = False, low_quality: bool = True) -
     box_match(anchors, gt, gt_valid=valid, match_low_quality=low_quality)
 
 
+def _deform_conv(
+    dtype: torch.dtype,
+    implementation: str = "fused",
+    channels: int = 256,
+    groups: int = 1,
+    needs: str = "x offset mask weight",
+    tf32: bool = False,
+    in_order: bool = False,
+) -> None:
+    """A 3 x 3 convolution in channels-last format, of ``needs`` as many gradients."""
+
+    def tensor(name: str, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype).requires_grad_(name in needs.split())
+
+    taps = 9 * groups
+    x = torch.zeros(2, 12, 12, channels, dtype=dtype).permute(0, 3, 1, 2)
+    x.requires_grad_("x" in needs.split())
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    out = deform_conv2d(
+        x,
+        tensor("offset", 2, 2 * taps, 12, 12),
+        tensor("weight", channels, channels // groups, 3, 3),
+        padding=1,
+        mask=tensor("mask", 2, taps, 12, 12),
+        _implementation=implementation,  # type: ignore[arg-type]
+    )
+    torch.use_deterministic_algorithms(in_order)
+    if needs:
+        out.backward(torch.ones_like(out))
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def _deform_sample(dtype: torch.dtype) -> None:
+    x = torch.zeros(2, 64, 12, 12, dtype=dtype, requires_grad=True)
+    offset = torch.zeros(2, 18, 12, 12, requires_grad=True)
+    columns = deform_sample(x, offset, 3, padding=1)
+    columns.backward(torch.ones_like(columns))
+
+
 _CALLS: dict[str, Callable[[], None]] = {
     **{
         f"focal {str(dtype).removeprefix('torch.')} labels sum": functools.partial(
@@ -236,6 +278,16 @@ _CALLS: dict[str, Callable[[], None]] = {
         f"nms {tier} float32": functools.partial(_nms, FLOAT, tier)
         for tier in ("small", "segments", "bands")
     },
+    "deform_conv bfloat16": functools.partial(_deform_conv, BFLOAT),
+    "deform_conv float16 odd": functools.partial(
+        _deform_conv, HALF, channels=40, groups=2, needs=""
+    ),
+    "deform_conv float32 tf32": functools.partial(_deform_conv, FLOAT, needs="", tf32=True),
+    "deform_conv float64": functools.partial(_deform_conv, DOUBLE, channels=32),
+    "deform_conv float32 in order": functools.partial(
+        _deform_conv, FLOAT, "columns", channels=64, needs="x", in_order=True
+    ),
+    "deform_sample bfloat16": functools.partial(_deform_sample, BFLOAT),
     "nms small classes float16 offset 1": functools.partial(
         *(_nms, HALF, "small", torch.int64), offset=1, score_threshold=0.1
     ),

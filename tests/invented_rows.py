@@ -25,7 +25,9 @@ ROOFS = {
     "triad_bytes_per_s": 4.1e12,
     "l2_bytes_per_s": 9e12,
     "instructions_per_s": 28e12,
-    "matmul_bf16_flop_per_s": 7e14,
+    **{f"matmul_{name}_flop_per_s": 7e14 for name in ("bf16", "fp16")},
+    "matmul_tf32_flop_per_s": 4e14,
+    "matmul_fp32_flop_per_s": 5e13,
     "launch_us": 2.4,
     "graph_launch_us": 1.1,
     "barrier_us": 1.9,
@@ -45,6 +47,9 @@ _SLOWER = {
     "compile": 1.8,
     "torchvision": 6.0,
     "mmdet": 20.0,
+    "fused": 1.5,
+    "columns": 2.0,
+    "conv2d": 1.1,
     "numpy": 90.0,
 }
 
@@ -95,7 +100,7 @@ def predicted(**columns: Any) -> list[Row]:
                 "gpu": GPU,
                 "target": "sm_90",
                 "provider": "ours",
-                "roofs": {"copy_bytes_per_s": 4.3e12, "instructions_per_s": 33e12},
+                "roofs": ROOFS | {"copy_bytes_per_s": 4.3e12, "instructions_per_s": 33e12},
                 **PROVENANCE,
                 "predicted_us": times[limit],
                 "limit": limit,
@@ -123,13 +128,12 @@ def _work_row(known: Bench, case: Case, dtype: str, mode: str) -> Row:
         "sizes": dict(case.sizes),
         "mode": mode,
         "dtype": dtype,
-        "bytes": known.bytes(case, mode, bench.DTYPES[dtype].itemsize),
-        "operations": known.operations(case, mode),
+        **bench.amounts(known, case, dtype, mode),
     }
 
 
 def _times(row: Row, provider: str, factor: float) -> Row:
-    least = max(row["bytes"] / 4.2e6, row["operations"] / 28e6)
+    least = max(row["bytes"] / 4.2e6, row["operations"] / 28e6, row.get("products", 0) / 4e8)
     device = (1.25 * least + 3) * factor
     launches = {"ours": 2, "eager": 14, "compile": 3, "torchvision": 9, "mmdet": 60}.get(
         provider, 1

@@ -35,6 +35,14 @@ KERNELS = {
     "nms_resolve_kernel",
     "nms_suppress_kernel",
     "soft_nms_kernel",
+    "deform_plan_kernel",
+    "deform_shift_bwd_kernel",
+    "deform_sample_fwd_kernel",
+    "deform_sample_bwd_kernel",
+    "deform_gather_kernel",
+    "deform_conv_fwd_kernel",
+    "deform_conv_bwd_kernel",
+    "deform_conv_wgrad_kernel",
 }
 # That compare an IoU with a threshold, exactly but without a division: two fused multiply-adds.
 COMPARING = {"nms_small_kernel", "nms_segments_kernel", "nms_mask_kernel", "nms_suppress_kernel"}
@@ -196,3 +204,38 @@ def test_instructions_per_pair_of_a_match(gate: list[Record]) -> None:
         assert code.loop_instructions * record.num_warps * 32 / tile <= 52, str(record)
         assert code.loop_counts["warp_reduction"] >= 2, str(record)
         assert code.loop_counts["shuffle"] == 0, str(record)
+
+
+def deformable(gate: list[Record], kernel: str, target: str = "sm_90") -> Record:
+    (found,) = (
+        r for r in gate if (r.case, r.target) == ("deform_conv bfloat16", target)
+        if r.kernel == f"deform_{kernel}_kernel"
+    )  # fmt: skip
+    return found
+
+
+def test_deformable_convolution_multiplies_by_tensor_cores(gate: list[Record]) -> None:
+    """Asynchronously on sm_90, one product a step whose operand is in registers; gathers of 16
+    bytes, which L1 keeps: four of a chunk of 64 channels for 64 outputs, ahead of their use."""
+    record = deformable(gate, "conv_fwd")
+    tile = {name: record.constants[name] for name in ("BM", "BN", "BK")}
+    assert tile == {"BM": 64, "BN": 256, "BK": 64}
+    assert record.code.loop_instructions <= 700
+    loop = record.code.loop_counts
+    assert loop["tensor"] == 4  # 16 channels each
+    assert record.ptx.count("wgmma.mma_async") == 4
+    gathers = re.findall(r"cp\.async\.ca\.shared\.global \[.*?\], \[.*?\], 0x10", record.ptx)
+    assert len(gathers) == 2 * 4 * 4  # before the loop and in it
+    for other in ("conv_bwd", "conv_wgrad"):
+        assert "wgmma.mma_async" in deformable(gate, other).ptx
+    for kernel in ("conv_fwd", "conv_bwd", "conv_wgrad"):
+        assert deformable(gate, kernel, "gfx942").code.counts["tensor"] > 0
+
+
+def test_gradient_by_the_image_is_added_in_vectors(gate: list[Record]) -> None:
+    """Four fp32 channels an instruction, that returns nothing."""
+    for record in gate:
+        scatters = record.kernel in ("deform_conv_bwd_kernel", "deform_sample_bwd_kernel")
+        if scatters and record.target == "sm_90" and "bfloat16" in record.case:
+            added = set(re.findall(r"\b(?:red|atom)\.\S*add\S*", record.ptx))
+            assert added == {"red.global.gpu.relaxed.add.v4.f32"}, str(record)

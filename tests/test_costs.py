@@ -15,6 +15,8 @@ from dlops_triton import (
     box_match,
     complete_box_iou,
     complete_box_iou_loss,
+    deform_conv2d,
+    deform_sample,
     generalized_box_iou_loss,
     ghmc_loss,
     ghmr_loss,
@@ -89,6 +91,25 @@ CALLS: dict[str, tuple[Callable[..., Any], int, int, int]] = {
             a[None], x[None, :, 0], idxs=t[None], valid=t[:1], max_output=9
         )[0],
         1, 0, 0,
+    ),
+    "deform_sample": (
+        lambda x, t, a, b: deform_sample(
+            x[..., None, None], a.detach()[:, :2, None, None], 1, mask=x[:, :1, None, None]
+        ).sum(),
+        2, 4, 0,
+    ),
+    "deform_conv2d": (
+        lambda x, t, a, b: deform_conv2d(
+            x[..., None, None], a[:, :2, None, None], x.detach()[:3, :, None, None]
+        ).sum(),
+        2, 4, 0,
+    ),
+    "deform_conv2d fused": (
+        lambda x, t, a, b: deform_conv2d(
+            x[:, :4, None, None].half().repeat(1, 4, 1, 1), a.detach()[:, :2, None, None],
+            x[:16, :4, None, None].half().repeat(1, 4, 1, 1),
+        ).sum(),
+        2, 4, 0,
     ),
 }  # fmt: skip
 
@@ -219,3 +240,21 @@ def test_traffic_of_soft_nms(kernel: torch.device) -> None:
     assert got.loaded_sectors * 32 <= 16 * n + 4 * n + 64
     assert got.loaded == 16 * n + 4 * n + 100 * 16
     assert got.stored == 100 * 4
+
+
+def test_traffic_of_the_fused_deformable_convolution(kernel: torch.device) -> None:
+    c, out, size, taps = 64, 32, 16, 9
+    x = torch.zeros(1, c, size, size, dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    offset = torch.zeros(1, 2 * taps, size, size)
+    weight = torch.zeros(out, c, 3, 3, dtype=torch.bfloat16)
+    got = metered(kernel, lambda: deform_conv2d(x, offset, weight, padding=1))
+    assert got.kernels == ["deform_plan_kernel", "deform_conv_fwd_kernel"]
+    pixels = size * size
+    plan, image, weights = 32 * taps * pixels, 2 * c * pixels, 2 * taps * c * out
+    inside = (3 * size - 2) ** 2  # samples
+    # Four corners of each, from L1 for the most part; weights for every 64 outputs.
+    tiles = pixels // 64
+    assert got.loaded == 8 * taps * pixels + plan + 4 * 2 * c * inside + tiles * weights
+    assert got.stored == plan + 2 * out * pixels
+    assert got.loaded_sectors * 32 == 8 * taps * pixels + plan + image + weights

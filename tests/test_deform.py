@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -25,7 +24,7 @@ from dlops_triton import (
 from dlops_triton.reference import deform as reference
 from dlops_triton.reference.deform import Geometry
 from tests.arrays import numpy
-from tests.deform_cases import Case, check_columns, check_convolution, draw
+from tests.deform_cases import Case, check_columns, check_convolution, draw, large_tiles
 from tests.tolerances import assert_close
 from tests.tools.host_cost import host_cost
 from tests.tools.interpreter import shuffled
@@ -33,18 +32,6 @@ from tests.tools.interpreter import shuffled
 IMPLEMENTATIONS = ["fused", "columns"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 CASES, CHUNKS = 320, 8
-
-
-@contextlib.contextmanager
-def large_tiles() -> Iterator[None]:
-    """Fewer, larger steps where kernels are interpreted, for pace."""
-    with contextlib.ExitStack() as stack:
-        if _dispatch.INTERPRETED:
-            for name in ("sample_fwd", "sample_bwd", "gather", "conv_fwd", "conv_bwd"):
-                stack.enter_context(_settings.override(f"deform_{name}", BM=256))
-            for name in ("plan", "shift_bwd"):
-                stack.enter_context(_settings.override(f"deform_{name}", BLOCK=512))
-        yield
 
 
 def convolve(case: Case, implementation: Any = None) -> Tensor:
@@ -287,13 +274,18 @@ def test_the_choice(dtype: torch.dtype, kernel: torch.device) -> None:
         assert kernels(16) == fused
 
 
-def test_tf32_is_torchs_flag() -> None:
-    assert _dispatch.precision(torch.float32) == "ieee"
+def test_tf32_is_torchs_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    assert _dispatch.precision(torch.float32, device) == "ieee"
     flags = torch.backends.cuda.matmul
     flags.allow_tf32 = True
     try:
-        assert _dispatch.precision(torch.float32) == "tf32"
-        assert _dispatch.precision(torch.float64) == _dispatch.precision(torch.half) == "ieee"
+        assert _dispatch.precision(torch.float32, device) == "tf32"
+        for dtype in (torch.float64, torch.half):
+            assert _dispatch.precision(dtype, device) == "ieee"
+        for target, want in (("sm_90", "tf32"), ("gfx942", "tf32"), ("gfx950", "ieee")):
+            monkeypatch.setattr(_dispatch, "gpu", lambda device, t=target: ("", t))
+            assert _dispatch.precision(torch.float32, device) == want
     finally:
         flags.allow_tf32 = False
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlops_triton import _dispatch, deform_conv2d
+from dlops_triton import deform_conv2d
 from dlops_triton.nn import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack
 from dlops_triton.reference import deform as reference
 from tests.arrays import numpy
@@ -358,24 +358,6 @@ def test_compiles_as_one_graph(pack: type[Pack], device: torch.device) -> None:
         strict=True,
     ):
         torch.testing.assert_close(a, b)
-
-
-@pytest.mark.filterwarnings("default")
-def test_a_graph_follows_the_flag_for_tf32() -> None:
-    torch._dynamo.reset()
-
-    def step(x: Tensor) -> Tensor:
-        return x + (_dispatch.precision(x.dtype) == "tf32")
-
-    compiled = torch.compile(step, fullgraph=True, backend="eager")
-    flags = torch.backends.cuda.matmul
-    before = flags.allow_tf32
-    try:
-        for allowed in (not before, before, not before):
-            flags.allow_tf32 = allowed
-            assert bool(compiled(torch.zeros(1))) is allowed
-    finally:
-        flags.allow_tf32 = before
 
 
 def through_pickle(module: nn.Module) -> nn.Module:

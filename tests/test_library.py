@@ -20,6 +20,8 @@ from dlops_triton import (
     box_match,
     complete_box_iou,
     complete_box_iou_loss,
+    deform_conv2d,
+    deform_sample,
     distance_box_iou_loss,
     generalized_box_iou,
     generalized_box_iou_loss,
@@ -54,6 +56,14 @@ def test_opcheck(device: torch.device) -> None:
     grad = torch.randn(7, 6, device=device)
     scores, idxs = torch.rand(7, device=device), torch.arange(7, device=device) % 2
     focal = (0.25, 2.0, -100, 0.0)
+    pairs = ([2, 1], [1, 1], [0, 0], [1, 2])
+    image, kernels, offset, mask, columns, out = (
+        torch.randn(size, device=device)
+        for size in (
+            *((2, 4, 3, 3), (6, 2, 2, 1), (2, 8, 2, 3), (2, 4, 2, 3), (2, 8, 6), (2, 6, 2, 3)),
+        )
+    )
+    image = image.contiguous(memory_format=torch.channels_last)
     for op, arguments in (
         (OPS.focal_fwd.default, (x, labels, None, *focal, False)),
         (OPS.focal_fwd.default, (x.mT, x.mT.sigmoid(), None, None, *focal[1:], True)),
@@ -108,6 +118,27 @@ def test_opcheck(device: torch.device) -> None:
                 *(0.3, 0.5, 0.2, "hard", 1, 9),
             ),
         ),
+        (OPS.deform_sample_fwd.default, (image, offset, None, *pairs)),
+        (
+            OPS.deform_sample_bwd.default,
+            (columns, image, offset, mask, *pairs, [True, False, True]),
+        ),
+        (
+            OPS.deform_conv_fwd.default,
+            (image.half(), offset, mask, kernels.half(), None, *pairs[1:], None),
+        ),
+        (
+            OPS.deform_conv_fwd.default,
+            (image, offset, None, kernels, weight[:6], *pairs[1:], "fused"),
+        ),
+        (
+            OPS.deform_conv_bwd.default,
+            (out, image, offset, mask, kernels, *pairs[1:], [False, True, True, True], "fused"),
+        ),
+        (
+            OPS.deform_conv_bwd.default,
+            (out, image, offset, None, kernels, *pairs[1:], [True, True, False, False], "columns"),
+        ),
     ):
         torch.library.opcheck(op, arguments)
 
@@ -148,7 +179,13 @@ class Everything(nn.Module):
         found += nms_padded(a2, x2, 0.4, valid=valid, max_output=a.shape[0])
         found += soft_nms(a, x[:, 0].sigmoid(), idxs=labels)
         found += soft_nms_padded(a2, x2.sigmoid(), valid=valid, max_output=30)
-        return loss + mutual + harmonized + boxed, each + 0, iou.max(1).values, *found
+        # In fp64, which autocast leaves alone.
+        image = x.double()[:, :, None, None]
+        offset, weights = image.detach()[:, :2].tanh(), image.new_ones(2, 5, 1, 1)
+        sampled = deform_sample(image, offset, 1).sum()
+        convolved = deform_conv2d(image, offset, weights, padding=1, stride=3, mask=offset[:, :1])
+        deformed = (sampled + convolved.sum()).float()
+        return loss + mutual + harmonized + boxed + deformed, each + 0, iou.max(1).values, *found
 
 
 def everything(device: torch.device, n: int) -> tuple[Tensor, ...]:
@@ -254,6 +291,11 @@ def test_fake_tensors_and_meta() -> None:
     a = torch.zeros(2, 5, 4, device="meta", dtype=torch.half)
     assert generalized_box_iou_loss(a, a).shape == (2, 5)
     assert generalized_box_iou_loss(a, a, "mean").dtype == torch.float32
+    image = torch.zeros(2, 4, 7, 7, device="meta", dtype=torch.half)
+    offset = torch.zeros(2, 18, 7, 7, device="meta")
+    weight = torch.zeros(6, 4, 3, 3, device="meta", dtype=torch.half)
+    assert deform_conv2d(image, offset, weight, padding=1).shape == (2, 6, 7, 7)
+    assert deform_sample(image, offset, 3, padding=1).shape == (2, 36, 49)
 
 
 def test_autocast_changes_nothing(device: torch.device) -> None:
@@ -280,7 +322,7 @@ def test_imports_only_point_down() -> None:
                     found = {alias.name.split(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom):
                     if node.level:
-                        parts = ("_boxes", "_ghm", "_loss", "_math", "_nms")
+                        parts = ("_boxes", "_deform", "_ghm", "_loss", "_math", "_nms")
                         shared = {("kernels", part) for part in parts} | {("reference", "_boxes")}
                         assert (folder, node.module) in shared, file
                         continue

@@ -100,7 +100,7 @@ def test_every_tier(tier: str, seed: int) -> None:
 def test_two_thousand_boxes(tier: str) -> None:
     """Several blocks of every tier as it is set; 13,000 classes."""
     rng = np.random.default_rng(3)
-    n = 2048 if tier.startswith("small") else 4096 if "classes" in tier else 2500
+    n = 2048 if tier.startswith("small") else 4096 if "large" in tier else 2100
     corner = rng.uniform(-500, 500, (n, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(5, 60, (n, 2))], 1).astype(np.float32)
     scores = rng.integers(0, n // 2, n).astype(np.float32)

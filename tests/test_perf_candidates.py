@@ -32,7 +32,7 @@ def test_what_is_tried_can_be_launched(op: str) -> None:
         assert len(others) == math.prod(map(len, space.values())) - 1
         for values in others:
             _settings.ALL[task.setting].check(values)
-            assert all(v & (v - 1) == 0 for v in values.values())
+            assert all(v & (v - 1) == 0 for k, v in values.items() if k != "num_stages")
             assert 32 % values.get("ROWS", 1) == 0
             if task.setting == "nms_mask":
                 assert all(_nms.band(n) % values["BLOCK"] == 0 for n in (30_000, 10**6))

@@ -25,6 +25,12 @@ def pair(**columns: object) -> list[Row]:
     return [ours | columns, peer]
 
 
+def test_what_does_other_work_is_not_lost_to() -> None:
+    ours, peer = pair()
+    assert [loss.peer for loss in causes.losses([ours, peer])] == [peer]
+    assert causes.losses([ours, peer | {"unlike": "it has no masks"}]) == []
+
+
 @pytest.mark.parametrize(
     ("columns", "words"),
     [

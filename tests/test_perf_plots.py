@@ -232,6 +232,15 @@ def test_the_floor_is_of_bytes_or_of_operations() -> None:
     assert executing is not None
     assert executing.share == pytest.approx(1)  # 0.56 M at 28 T/s
     assert executing.bound == "instructions"
+    multiplying = row | {"operations": 28_000, "products": 7_000_000, "precision": "bf16"}
+    tensor = points.point(multiplying)
+    assert tensor is not None
+    assert tensor.share == pytest.approx(0.5)  # 7 MFLOP at 700 TFLOP/s, as the bytes
+    assert points.point(multiplying | {"precision": "fp8"}) is None
+    tensor = points.point(multiplying | {"products": 14_000_000})
+    assert tensor is not None
+    assert tensor.share == pytest.approx(1)
+    assert tensor.bound == "matrix products"
     guess = points.point(invented.predicted()[0] | {"predicted_us": 7.0})
     assert guess is not None
     assert guess.seconds == pytest.approx(7e-6)

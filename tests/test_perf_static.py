@@ -55,6 +55,11 @@ def test_rates_are_the_makers() -> None:
         assert 2 * gpu.instructions_per_s / 1e12 == pytest.approx(stated[name], rel=0.01)
         assert gpu.copy_bytes_per_s < gpu.dram_bytes_per_s
         assert TARGETS[gpu.target][2] == gpu.warp
+    tensor = {"H200": 989, "H100": 989, "A100": 312, "4090": 165.2, "MI300X": 1307.4}
+    for name, gpu in GPUS.items():
+        assert gpu.matmul_flop_per_s("fp16") / 1e12 == pytest.approx(tensor[name], rel=0.01)
+        assert gpu.matmul_flop_per_s("tf32") / 1e12 == pytest.approx(tensor[name] / 2, rel=0.01)
+        assert gpu.matmul_flop_per_s("fp32") == 2 * gpu.instructions_per_s
 
 
 # --- the model -------------------------------------------------------------------------------
@@ -80,6 +85,11 @@ def test_a_kernel_takes_as_long_as_the_slowest_of_what_it_does() -> None:
     assert of(FULL) == (pytest.approx(1e9 / issue), "instructions")
     assert of(FULL, special=2e8) == (pytest.approx(2e8 / issue * 8), "special functions")
     assert of(FULL, bytes=4.32e9) == (pytest.approx(1e-3), "bytes")
+    assert of(FULL, atomics=64e6 * 132) == (pytest.approx(1e6 / 1.98e9), "atomics")
+    tensor = {"products": 989.4e9}
+    assert of(FULL, **tensor) == (pytest.approx(1e-3), "matrix products")
+    assert of(FULL, **tensor, precision="tf32")[0] == pytest.approx(2e-3)  # type: ignore[arg-type]
+    assert of(FULL, **tensor, programs=66)[0] == pytest.approx(2e-3)
 
 
 def test_programs_that_do_not_fill_the_gpu_take_longer() -> None:
@@ -188,9 +198,11 @@ def test_what_is_counted_in_small_is_scaled_by_the_elements(
     work = bench.Work(elements=lambda sizes: sizes["n"], block=lambda constants: 64)
     code = MachineCode(registers=32, instructions=100, counts={"special": 4})
     record = Record("case", "k", "sm_90", {"BLOCK": 64}, {}, num_warps=2, code=code)
-    launch = {"kernel": "k", "arguments": {}, "constants": {"BLOCK": 64}, "bytes": 50}
+    launch = {"kernel": "k", "arguments": {}, "constants": {"BLOCK": 64}, "bytes": 50, "atomics": 6}
     row = {
+        "dtype": "bf16",
         "sizes": {"n": 1000},
+        "small": {"n": 10},
         "launches": 2,
         "programs": {"k": [2, 7]},
         "small_elements": {"k": 10},
@@ -200,11 +212,59 @@ def test_what_is_counted_in_small_is_scaled_by_the_elements(
     found = static.predict(row, known, [record], H200)
     (asked,) = seen
     assert asked.bytes == 2 * 50 * 1000 / 10
+    assert asked.atomics == 2 * 6 * 1000 / 10
+    assert asked.products == 0
     assert asked.instructions == 1000 * 100  # of 2 warps, over 64 elements
     assert asked.special == 1000 * 4
     assert (asked.programs, asked.num_warps) == (7, 2)
     assert found["predicted_us"] == pytest.approx(1 + 2 * model.GAP_S * 1e6)
     assert not {"programs", "small_launches", "small_elements"} & set(found)
+
+
+def test_a_loop_in_a_loop_and_products_by_tensor_cores_and_by_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[model.Launch] = []
+    monkeypatch.setattr(model, "seconds", lambda gpu, launch: (seen.append(launch), (1e-6, "x"))[1])
+    work = bench.Work(
+        elements=lambda sizes: sizes["n"],
+        block=lambda constants: 64,
+        trips=lambda sizes, constants: sizes["m"] / constants["BLOCK"],
+        products=lambda sizes: 2 * sizes["n"] * sizes["m"],
+        fixed=lambda sizes, itemsize: itemsize * sizes["m"],
+    )
+    code = MachineCode(registers=32, instructions=100, loop_instructions=30)
+    record = Record("case", "k", "sm_90", {"BLOCK": 16}, {"s[0]": "i32"}, num_warps=2, code=code)
+    launch = {"kernel": "k", "arguments": {"s[0]": "i32"}, "constants": {"BLOCK": 16}}
+    row = {
+        "dtype": "bf16",
+        "precision": "bf16",
+        "products": 5 * 1000 * 64,  # so that torch multiplies too
+        "sizes": {"n": 1000, "m": 64},
+        "small": {"n": 10, "m": 64},
+        "launches": 1,
+        "programs": {"k": [1, 7]},
+        "small_elements": {"k": 10},
+        "small_launches": [launch | {"bytes": 178, "atomics": 0}],
+    }
+    known = squaring({}, kernels={"k": work})
+    found = static.predict(row, known, [record], H200)
+    (asked,) = seen
+    assert asked.instructions == 1000 * (70 + 4 * 30)  # of 2 warps, over 64 elements
+    assert asked.bytes == 2 * 64 + 50 * 1000 / 10
+    assert (asked.products, asked.precision) == (2 * 1000 * 64, "bf16")
+    by_torch = 3 * 1000 * 64 / H200.tensor_flop_per_s
+    assert found["predicted_us"] == pytest.approx(1 + 1e6 * (by_torch + model.GAP_S), abs=1e-3)
+    assert found["roofs"]["matmul_bf16_flop_per_s"] == H200.tensor_flop_per_s
+    # In fp32 proper the kernel's are among its instructions, and torch is slower.
+    slower = static.predict(row | {"dtype": "fp32", "precision": "fp32"}, known, [record], H200)
+    assert seen[1].products == 0
+    assert slower["predicted_us"] > found["predicted_us"]
+
+
+def test_of_a_tuple_the_elements_are_arguments() -> None:
+    assert list(counting._parts("s", (1, 16))) == [("s[0]", 1), ("s[1]", 16)]
+    assert list(counting._parts("s", None)) == [("s", None)]
 
 
 def test_larger_problems_are_predicted_to_take_longer(file: Path) -> None:

@@ -11,6 +11,7 @@ times faster; `shuffled` and `reversed_programs` change the order of programs.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import random
 import warnings
@@ -24,6 +25,8 @@ from triton._C.libtriton import ir
 from triton.runtime import interpreter as core
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import TensorHandle as Handle
+
+from . import shortcuts
 
 Array = npt.NDArray[Any]
 
@@ -308,9 +311,14 @@ def _launch(self: core.GridExecutor, *args: Any, **kwargs: Any) -> None:
         _stock_launch(self, *args, **kwargs)
 
 
+@functools.cache
+def _languages(fn: Callable[..., Any]) -> frozenset[int]:
+    return frozenset(id(m) for m in fn.__globals__.values() if m is tl or m is tl.core)
+
+
 def _call_function(self: core.InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
     """Call a device function. The stock call patches all of triton.language again: 0.3 ms each."""
-    needed = {id(m) for m in self.fn.__globals__.values() if m is tl or m is tl.core}
+    needed = _languages(self.fn)
     if not needed <= _patched:
         core._patch_lang(self.fn)
         _patched.update(needed)
@@ -330,6 +338,7 @@ def install_fixes() -> None:
     core.GridExecutor.__call__ = _launch
     tl.sort = _sort
     core.InterpretedFunction.__call__ = _call_function
+    shortcuts.install()
 
 
 @contextlib.contextmanager
