@@ -162,14 +162,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of training (default 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
-        "--steps", type=int, metavar="N", help="default 1500, --dcn 1000, --quick 300"
+        "--steps", type=int, metavar="N", help="default 1500, --dcn 600, --quick 300"
     )
     args = parser.parse_args()
     if args.loss == args.nms == "all":
         parser.error("--nms all compares on one detector: choose one --loss with it")
     if args.dcn and "all" in (args.loss, args.nms):
         parser.error("--dcn compares two layers: choose one --loss and one --nms with it")
-    args.steps = args.steps or (300 if args.quick else 1000 if args.dcn else 1500)
+    args.steps = args.steps or (300 if args.quick else 600 if args.dcn else 1500)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     return args
