@@ -285,6 +285,7 @@ def main() -> int:
         f"\ndetections.png, gradients.png, loss.png, {'nms.png, ' * (args.nms == 'all')}"
         f"metrics.json and model.pt are in {args.out}"
         + (f", in a folder for each {kind}" if len(names) > 1 else "")
+        + "; sampling.png is beside them" * args.dcn
     )
     return 130 if not found[-1] or found[-1]["interrupted"] else 0
 
