@@ -101,7 +101,7 @@ def make_plan(
         width,
         out_width,
         _numbers(geometry),
-        WIDE=all_taps * size >= 2**30,
+        WIDE=_long(all_taps * size),
         enable_fp_fusion=True,
         **settings,
     )
@@ -129,7 +129,7 @@ def sample(x: Tensor, plan: Plan, columns: Tensor) -> None:
         plan.size,
         pixels,
         columns.stride(),
-        (c, c, run, run),
+        (c, run),
         K=plan.taps,
         EVEN=run % options["BK"] == 0,
         WIDE=_is_wide(x, plan),
@@ -145,7 +145,7 @@ def sample_grads(
     """From the gradient by columns, [B, L, K, C] of any strides: those by x, and sums for
     `shift_grads`."""
     by_order = needs_x and torch.are_deterministic_algorithms_enabled()
-    d_x, sums = _alloc_grads(x, plan, needs_x and not by_order, needs_shift)
+    d_x, sums = _alloc(x, plan, needs_x and not by_order, needs_shift)
     if d_x is not None or sums is not None:
         c = x.shape[3]
         run = c // plan.offset_groups
@@ -241,7 +241,7 @@ def shift_grads(
         x.shape[2],
         out_width,
         _numbers(geometry),
-        WIDE=taps * size >= 2**30,
+        WIDE=_long(taps * size),
         enable_fp_fusion=True,
         **settings,
     )
@@ -273,7 +273,7 @@ def conv_data_grads(
     grad: Tensor, x: Tensor, plan: Plan, w: Tensor, needs_x: bool, needs_shift: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """From the gradient by outputs, [P, groups * CO]: those by x, and sums for `shift_grads`."""
-    d_x, sums = _alloc_grads(x, plan, needs_x, needs_shift)
+    d_x, sums = _alloc(x, plan, needs_x, needs_shift)
     sizes, options = _products(CONV_BWD.on(x), x, plan, w)
     _dispatch.launch(
         deform_conv_bwd_kernel,
@@ -300,7 +300,9 @@ def conv_weight_grad(grad: Tensor, x: Tensor, plan: Plan, w: Tensor) -> Tensor:
     groups, taps, per_group, out = w.shape
     tiles = taps * triton.cdiv(out, options["BN"]) * (per_group // sizes[3])
     tiles *= triton.cdiv(sizes[3], options["BK"])
-    span = triton.cdiv(options.pop("SPLIT"), options["BM"]) * options["BM"]
+    # At most 64 of them, for each needs the memory of the weights.
+    span = max(options.pop("SPLIT"), triton.cdiv(plan.size, 64))
+    span = triton.cdiv(span, options["BM"]) * options["BM"]
     splits = triton.cdiv(plan.size, span)
     parts = x.new_empty((splits, *w.shape), dtype=plan.weights.dtype)
     _dispatch.launch(
@@ -322,7 +324,7 @@ def conv_weight_grad(grad: Tensor, x: Tensor, plan: Plan, w: Tensor) -> Tensor:
     return parts.sum(0)
 
 
-def _alloc_grads(
+def _alloc(
     x: Tensor, plan: Plan, needs_x: bool, needs_shift: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     d_x = x.new_zeros(x.shape, dtype=plan.weights.dtype) if needs_x else None
@@ -337,14 +339,21 @@ def _cells(x: Tensor, offset_groups: int) -> int:
 
 def _is_wide(x: Tensor, plan: Plan) -> bool:
     """Whether numbers of elements need 64 bits."""
-    return max(x.numel(), plan.weights.numel()) >= 2**31
+    return _long(max(x.numel(), plan.weights.numel()))
+
+
+def _long(size: int) -> bool:
+    """Whether numbers up to this one, rounded up to a whole block, need 64 bits."""
+    return size >= 2**30
 
 
 def _by_line(values: Any, x: Tensor, run: int) -> dict[str, Any]:
     """Settings with the number of channels in a chunk in place of its bytes."""
     options = dict(values)
     chunk = max(options.pop("LINE") // x.element_size(), 16)
-    return {**options, "BK": min(chunk, max(16, triton.next_power_of_2(run)))}
+    chunk = min(chunk, max(16, triton.next_power_of_2(run)))
+    divisor = run & -run
+    return {**options, "BK": min(chunk, divisor) if divisor >= 32 else chunk}
 
 
 def _products(

@@ -59,16 +59,24 @@ def _alloc_out(
     )
 
 
-def _alloc_grads(
+def _alloc_grads(*tensors: Tensor | None, needs: list[bool]) -> list[Tensor]:
+    """Those by an image, which is in channels-last format, and other tensors that are needed."""
+    image, *others = (t if need else None for t, need in zip(tensors, needs, strict=True))
+    like = torch.channels_last
+    first = [] if image is None else [torch.empty_like(image, memory_format=like)]
+    return first + [t.new_empty(t.shape) for t in others if t is not None]
+
+
+def _alloc_sample_grads(
     grad: Tensor, input: Tensor, offset: Tensor, mask: Tensor | None, *args: Any
 ) -> list[Tensor]:
-    """Of sampling, or, if a weight follows the mask, of the convolution."""
-    weights, needs = (args[:1], args[-2]) if isinstance(args[0], Tensor) else ((), args[-1])
-    like = torch.channels_last
-    grads = [torch.empty_like(input, memory_format=like) if needs[0] else None]
-    for t, need in zip((offset, mask, *weights), needs[1:], strict=True):
-        grads.append(t.new_empty(t.shape) if need and t is not None else None)
-    return [t for t in grads if t is not None]
+    return _alloc_grads(input, offset, mask, needs=args[-1])
+
+
+def _alloc_conv_grads(
+    grad: Tensor, input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, *args: Any
+) -> list[Tensor]:
+    return _alloc_grads(input, offset, mask, weight, needs=args[-2])
 
 
 def _launch_sample_fwd(
@@ -86,7 +94,7 @@ def _launch_sample_bwd(
     grad: Tensor, input: Tensor, offset: Tensor, mask: Tensor | None, *args: Any
 ) -> list[Tensor]:
     if input.numel() == 0:
-        return _alloc_grads(grad, input, offset, mask, *args)
+        return _alloc_sample_grads(grad, input, offset, mask, *args)
     *pairs, needs = args
     x, geometry = _deform.channels_last(input), _pairs(pairs)
     plan = _deform.make_plan(x, offset, mask, geometry, cells=_in_order(needs))
@@ -119,10 +127,8 @@ def _launch_conv_fwd(
         plan = _deform.make_plan(x[part], offset[part], _slice(mask, part), geometry)
         factors = _columns(x[part], plan, groups), w.flatten(1, 2)
         into = rows[part].flatten(0, 1).transpose(0, 1)
-        if bias is None:
-            torch.bmm(*factors, out=into)
-        else:
-            torch.baddbmm(bias.view(groups, 1, outputs), *factors, out=into)
+        plus = None if bias is None else bias.view(groups, 1, outputs)
+        _product(*factors, plus, out=into)
     return out
 
 
@@ -135,7 +141,7 @@ def _launch_conv_bwd(
     *args: Any,
 ) -> list[Tensor]:
     if grad.numel() == 0:
-        return [t.zero_() for t in _alloc_grads(grad, input, offset, mask, weight, *args)]
+        return [t.zero_() for t in _alloc_conv_grads(grad, input, offset, mask, weight, *args)]
     *pairs, needs, implementation = args
     geometry = _pairs((weight.shape[2:], *pairs))
     x, rows = _deform.channels_last(input), _deform.channels_last(grad).flatten(0, 2)
@@ -150,7 +156,7 @@ def _launch_conv_bwd(
     else:
         *data, d_w = _fused_grads(rows, *given, needs)
     if d_w is not None:
-        d_w = d_w.permute(0, 3, 2, 1).reshape(weight.shape).to(weight.dtype)
+        d_w = d_w.permute(0, 3, 2, 1).reshape(weight.shape).to(weight.dtype).contiguous()
     return [t for t in (*data, d_w) if t is not None]
 
 
@@ -194,11 +200,11 @@ def _grads_by_columns(
         plan = _deform.make_plan(x[part], *where, geometry, cells=_in_order(needs))
         rows = by_image[part].flatten(0, 1).transpose(0, 1)
         if needs[3]:
-            share = torch.bmm(_columns(x[part], plan, groups).transpose(1, 2), rows)
+            share = _product(_columns(x[part], plan, groups).transpose(1, 2), rows)
             share = share.to(plan.weights.dtype)
             d_w = share if d_w is None else d_w + share
         if any(needs[:3]):
-            each = torch.bmm(rows, w.flatten(1, 2).transpose(1, 2))
+            each = _product(rows, w.flatten(1, 2).transpose(1, 2))
             each = each.view(groups, -1, taps, per_group).permute(1, 2, 0, 3)
             each = each.reshape(-1, plan.pixels, taps, x.shape[3])
             parts.append(_data_grads(each, x[part], plan, *where, geometry, needs[:3]))
@@ -250,6 +256,12 @@ def _parts(x: Tensor, offset: Tensor, taps: int) -> list[slice]:
     return [slice(i, i + step) for i in range(0, len(x), step)]
 
 
+def _product(a: Tensor, b: Tensor, plus: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """a @ b + plus, in the dtype given: a backward pass may run under autocast."""
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.bmm(a, b, out=out) if plus is None else torch.baddbmm(plus, a, b, out=out)
+
+
 def _columns(x: Tensor, plan: _deform.Plan, groups: int) -> Tensor:
     """[groups, P, K * C / groups]."""
     c = x.shape[3]
@@ -265,7 +277,7 @@ def _slice(t: Tensor | None, part: slice) -> Tensor | None:
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:
     found = [t for t in parts if t is not None]
-    return torch.cat(found) if found else None
+    return torch.cat(found) if len(found) > 1 else (found[0] if found else None)
 
 
 def _by_tap(weight: Tensor, input: Tensor) -> Tensor:
@@ -304,7 +316,7 @@ def _reference_sample_bwd(
     *geometry, needs = args
     x, o, m, g = _arrays(input, offset, mask, grad)
     found = reference.sample_grad(x, o, m, _pairs(geometry), g)
-    return _filled(_alloc_grads(grad, input, offset, mask, *args), found, needs)
+    return _filled(_alloc_sample_grads(grad, input, offset, mask, *args), found, needs)
 
 
 def _reference_conv_fwd(
@@ -331,7 +343,7 @@ def _reference_conv_bwd(
     *geometry, needs, _ = args
     x, o, m, w, g = _arrays(input, offset, mask, weight, grad)
     found = reference.conv2d_grad(x, o, m, w, _pairs((weight.shape[2:], *geometry)), g)
-    return _filled(_alloc_grads(grad, input, offset, mask, weight, *args), found[:4], needs)
+    return _filled(_alloc_conv_grads(grad, input, offset, mask, weight, *args), found[:4], needs)
 
 
 def _filled(grads: list[Tensor], found: Any, needs: list[bool]) -> list[Tensor]:
@@ -352,7 +364,7 @@ sample_bwd = _dispatch.register(
     f"{_GEOMETRY}, bool[] needs) -> Tensor[]",
     _launch_sample_bwd,
     _reference_sample_bwd,
-    _alloc_grads,
+    _alloc_sample_grads,
 )
 conv_fwd = _dispatch.register(
     "deform_conv_fwd(Tensor input, Tensor offset, Tensor? mask, Tensor weight, Tensor? bias, "
@@ -366,5 +378,5 @@ conv_bwd = _dispatch.register(
     f"{_GEOMETRY}, bool[] needs, str? implementation) -> Tensor[]",
     _launch_conv_bwd,
     _reference_conv_bwd,
-    _alloc_grads,
+    _alloc_conv_grads,
 )

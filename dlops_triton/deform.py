@@ -94,20 +94,23 @@ def deform_conv2d(
             in the message.
 
     A sample is 0 at y <= -1, y >= H, x <= -1 or x >= W; nearer, corners outside are 0. Coordinates
-    are as exact as the offset, on maps of any size, halves included. At integers, where
-    interpolation has a kink, the gradient is that of the cell below and to the right; outside it
-    is 0. A NaN in an offset makes its sample NaN, and the gradient by it, not the gradient by the
-    input. A pixel that is not finite spoils the samples that it is a corner of.
+    are as exact as the offset (in fp32, unless input is fp64), on maps of any size. At integers,
+    where interpolation has a kink, the gradient is that of the cell below and to the right;
+    outside it is 0. A NaN in an offset makes its sample NaN, and the gradient by it, not the
+    gradient by input. A pixel that is not finite spoils the samples that it is a corner of, a mask
+    that is not finite its own.
 
-    In half precision, and in fp32 with TF32, one kernel samples and multiplies; else columns are
-    sampled and torch multiplies, for as many images at a time as fit 512 MiB. Besides the result
-    forward takes the plan, 32 bytes per sample and offset group (48 in fp64), the weights in
-    another order, and no columns in the former case. For backward the arguments are kept (input in
-    channels-last format); to keep columns as well, multiply those of `deform_sample`. Backward
+    In half precision, and in fp32 with TF32, one kernel samples and multiplies, if groups leave it
+    16 channels or more; else columns are sampled and torch multiplies, for as many images at a
+    time as fit 512 MiB, but one at least. Besides the result forward takes the plan, 32 bytes per
+    sample and offset group (48 in fp64), the weights in another order, and no columns in the
+    former case. For backward the arguments are kept (input in channels-last format, a second copy
+    if it was in another); to keep columns as well, multiply those of `deform_sample`. Backward
     computes the gradients that are needed, no others. That by input is summed by atomic additions,
     in an order, and so to a last bit, that differs from run to run; under
-    ``torch.use_deterministic_algorithms`` in a fixed order, from columns. All else is bitwise
-    deterministic. No host synchronisation. Differentiating twice raises.
+    ``torch.use_deterministic_algorithms`` in a fixed order, from columns' gradients in the dtype of
+    input, which in fp16 may overflow; samples that all meet in one cell are then added one by
+    one. All else is bitwise deterministic. No host synchronisation. Differentiating twice raises.
     """
     _checks.tensor("weight", weight)
     if weight.dim() != 4:
@@ -125,7 +128,8 @@ def deform_conv2d(
     out: Tensor = _Conv.apply(  # type: ignore[no-untyped-call]
         x, offset, mask, weight, bias, geometry, _implementation
     )
-    return out if input.is_contiguous(memory_format=torch.channels_last) else out.contiguous()
+    last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    return out if last else out.contiguous()
 
 
 def _autocast(t: Any, device: str) -> Any:
@@ -158,8 +162,11 @@ def _check(input: Tensor, offset: Tensor, mask: Tensor | None, geometry: Geometr
         raise ValueError(f"input must have shape [B, C, H, W], got {tuple(input.shape)}")
     _checks.dtype("input", input)
     b, c, height, width = input.shape
-    if c == 0 or height == 0 or width == 0:
-        raise ValueError(f"input must have channels and pixels, got shape {tuple(input.shape)}")
+    if not 0 < c < 2**20 or height == 0 or width == 0:
+        raise ValueError(
+            "input must have pixels, and channels, fewer than 2**20, got shape "
+            f"{tuple(input.shape)}"
+        )
     if height >= 2**30 or width >= 2**30 or b * height * width >= 2**31:
         raise ValueError(f"input must have fewer than 2**31 pixels, got shape {tuple(input.shape)}")
     taps = geometry.kernel_size[0] * geometry.kernel_size[1]

@@ -76,11 +76,11 @@ def deform_plan_kernel(
     tl.store(weights_ptr + at, weights, mask=live[:, None])
     if cells_ptr is not None:
         images = (P // pixels).to(cells_ptr.dtype.element_ty)
-        cells = (height + 1) * (width + 1)
-        within = (y + 1) * (width + 1) + x + 1
-        cell = (gk // geometry[0] * images + image.to(images.dtype)) * cells + within
-        every = (samples // P // geometry[0]).to(images.dtype) * images * cells
-        tl.store(cells_ptr + sample, tl.where(nowhere, every, cell), mask=live)
+        across = (width + 1).to(images.dtype)
+        cell = (gk // geometry[0] * images + image.to(images.dtype)) * (height + 1) * across
+        cell += (y + 1) * across + x + 1
+        end = (samples // P // geometry[0]).to(images.dtype) * images * (height + 1) * across
+        tl.store(cells_ptr + sample, tl.where(nowhere, end, cell), mask=live)
 
 
 @triton.jit(do_not_specialize=["P", "pixels"])
@@ -92,7 +92,7 @@ def deform_sample_fwd_kernel(
     P,
     pixels,  # of an output image
     strides,
-    sizes,  # (C, C, C / offset groups, C / offset groups)
+    sizes,  # (C, C / offset groups)
     K: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -105,8 +105,8 @@ def deform_sample_fwd_kernel(
     tiles = tl.cdiv(pixels, BM)
     image = (tl.program_id(0) // tiles).to(tl.int64)
     pixel = (tl.program_id(0) % tiles).to(tl.int64) * BM + tl.arange(0, BM)
-    c, count = chunk_start(tl.program_id(1), sizes[3], EVEN, BK)
-    group = c // sizes[2]
+    c, count = chunk_start(tl.program_id(1), sizes[1], EVEN, BK)
+    group = c // sizes[1]
     inner = tl.arange(0, BK)[None, :]
     live = (pixel < pixels)[:, None] & (inner < count)
     sample = image * pixels + tl.minimum(pixel, pixels - 1)
@@ -116,7 +116,7 @@ def deform_sample_fwd_kernel(
             x_ptr, rows_ptr, weights_ptr, (group * K + tap).to(tl.int64) * P + sample,
             c + inner, inner < count, sizes[0], WIDE, PTX,
         )  # fmt: skip
-        at = pixel[:, None] * stride_p + tap * stride_k
+        at = pixel[:, None] * stride_p + tl.cast(tap, tl.int64) * stride_k
         tl.store(out_ptr + at, value.to(columns_ptr.dtype.element_ty), mask=live)
 
 
@@ -155,7 +155,7 @@ def deform_conv_fwd_kernel(
         c, count = chunk_start(i // K, run, EVEN, BK)
         tap = i % K
         first = group * per_group + c
-        live = inner < count if not EVEN else inner >= 0
+        live = inner < count
         gk = (first // per_offset * K + tap).to(sample.dtype)
         value = interpolate(
             x_ptr, rows_ptr, weights_ptr, gk * P + sample,
@@ -221,7 +221,7 @@ def deform_sample_bwd_kernel(
     sample = gk.to(tl.int64) * P + tl.minimum(p, P - 1)
     first = gk // K * per_offset
     inner = tl.arange(0, BK)[None, :]
-    at = p // pixels * stride_b + p % pixels * stride_p + gk % K * stride_k
+    at = p // pixels * stride_b + p % pixels * stride_p + (gk % K).to(tl.int64) * stride_k
     sums = tl.zeros((BM, 4), ACC)
     for c in range(0, per_offset, BK):
         live = (p < P)[:, None] & (c + inner < per_offset)
@@ -270,13 +270,13 @@ def deform_conv_bwd_kernel(
         rows = p * (C // per_group * CO) + group * CO
         each = tl.zeros((BM, BK), ACC)
         for n in range(0, CO, BN):
-            out = (n + o < CO) & (o >= 0)
+            within = n + o < CO
             grad = tl.load(
                 grad_ptr + rows[:, None] + (n + o)[None, :],
-                mask=(p < P)[:, None] & out[None, :], other=0,
+                mask=(p < P)[:, None] & within[None, :], other=0,
             )  # fmt: skip
             at = ((group * K + gk % K) * per_group + channels)[None, :] * CO + (n + o)[:, None]
-            w = tl.load(w_ptr + at, mask=out[:, None] & (inner < count)[None, :], other=0)
+            w = tl.load(w_ptr + at, mask=within[:, None] & (inner < count)[None, :], other=0)
             each = tl.dot(grad, w, each, input_precision=PRECISION, out_dtype=ACC)
         live = (p < P)[:, None] & (inner < count)[None, :]
         sums = _spread(
@@ -379,7 +379,9 @@ def deform_gather_kernel(
     channels = (group * per_offset + c).to(tl.int64)[None, :]
     acc = tl.zeros((BM, BK), ACC)
     for corner in tl.static_range(4):
-        row = ((group * images + image) * (height + 1) + y + 1 - corner // 2) * (width + 1)
+        row = ((group.to(tl.int64) * images + image) * (height + 1) + y + 1 - corner // 2) * (
+            width + 1
+        )
         cell = row + x + 1 - corner % 2
         start = tl.load(starts_ptr + cell, mask=live, other=0)
         count = tl.load(starts_ptr + cell + 1, mask=live, other=0) - start

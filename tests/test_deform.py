@@ -41,7 +41,13 @@ def convolve(case: Case, implementation: Any = None) -> Tensor:
 
 def check(case: Case, implementation: str, rng: np.random.Generator, sampled: bool) -> None:
     out = convolve(case, implementation)
-    assert out.is_contiguous() == case.x.is_contiguous() or 1 in out.shape[1:]
+    last = torch.channels_last
+    assert out.is_contiguous() or not case.x.is_contiguous()
+    assert (
+        out.is_contiguous(memory_format=last)
+        or not case.x.is_contiguous(memory_format=last)
+        or case.x.is_contiguous()
+    )
     g = torch.from_numpy(rng.normal(size=tuple(out.shape))).to(out.dtype).to(out.device)
     check_convolution(case, out, g, list(torch.autograd.grad(out, case.given, g)))
     if sampled:
@@ -315,3 +321,19 @@ def draw_of(
     sizes = (size, (b, 2 * offset_groups, h, w), (b, offset_groups, h, w), weight, weight[:1])
     tensors = [torch.from_numpy(rng.normal(size=s)).to(dtype) for s in sizes]
     return Case(*tensors, Geometry((1, 1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_inline_ptx_changes_nothing(
+    dtype: torch.dtype,
+    kernel: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    rng: np.random.Generator,
+) -> None:
+    case = plain(rng, dtype, kernel)
+    results = []
+    for ptx in (False, True):
+        monkeypatch.setattr(_dispatch, "inline_ptx", lambda device, ptx=ptx: ptx)
+        with large_tiles():
+            results.append(gradients(case, "fused"))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlops_triton import deform_conv2d, deform_sample
+from dlops_triton import _dispatch, deform_conv2d, deform_sample
 from dlops_triton.reference import deform as reference
 from dlops_triton.reference.deform import Geometry
 from tests.arrays import numpy
@@ -189,6 +190,50 @@ def test_autocast(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_backward_under_autocast(implementation: str, device: torch.device) -> None:
+    """Where forward was not: gradients are those of forward's dtype."""
+    tensors = inputs(device)
+    want = torch.autograd.grad(convolve(tensors, implementation).sum(), tensors)
+    out = convolve(tensors, implementation)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        got = torch.autograd.grad(out.sum(), tensors)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 5, 5), (2, 3, 1, 1), (1, 1, 1, 1)])
+def test_ambiguous_formats(shape: tuple[int, ...], device: torch.device) -> None:
+    """Contiguous both ways: as torch has it, the result is contiguous."""
+    x = torch.randn(shape, device=device, requires_grad=True)
+    offset = torch.zeros(shape[0], 2, *shape[2:], device=device)
+    weight = torch.randn(4, shape[1], 1, 1, device=device, requires_grad=True)
+    out = deform_conv2d(x, offset, weight)
+    assert out.is_contiguous()
+    out.view(shape[0], -1).sum().backward()
+    for t in (x, weight):
+        assert t.grad is not None
+        assert t.grad.is_contiguous()
+
+
+@pytest.mark.filterwarnings("default")
+def test_inductor_takes_the_strides_of_gradients(device: torch.device) -> None:
+    if device.type == "cpu" and _dispatch.cpu_implementation == "reference":
+        pytest.skip("the same fake")
+    if device.type == "cpu" and shutil.which("g++") is None:
+        pytest.skip("on the CPU inductor needs a compiler")
+    x, offset, weight, *_ = inputs(device)
+
+    def loss(x: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
+        return deform_conv2d(x * 2, offset, weight * 1.5, padding=1).square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True)
+    want = torch.autograd.grad(loss(x, offset, weight), (x, offset, weight))
+    got = torch.autograd.grad(compiled(x, offset, weight), (x, offset, weight))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("images", [0, 7, 37])
 def test_any_number_of_images(images: int, implementation: str, device: torch.device) -> None:
     x = torch.randn(images, 2, 3, 2, device=device, requires_grad=True)
@@ -245,7 +290,7 @@ def test_backward_twice_and_double_backward(implementation: str, device: torch.d
         ({"input": [[1.0]]}, TypeError, "input must be a torch.Tensor, got list"),
         ({"input": torch.zeros(4, 5, 6)}, ValueError, r"input must have shape \[B, C, H, W\], got"),
         ({"input": torch.zeros(2, 4, 5, 6).long()}, TypeError, "input .*torch.int64"),
-        ({"input": torch.zeros(2, 0, 5, 6)}, ValueError, "input must have channels and pixels"),
+        ({"input": torch.zeros(2, 0, 5, 6)}, ValueError, "input must have pixels, and channels"),
         ({"input": torch.zeros(2, 5, 5, 6)}, ValueError, "2 offset groups, .*5 channels"),
         ({"offset": None}, TypeError, "offset must be a torch.Tensor, got NoneType"),
         (
