@@ -123,12 +123,12 @@ def _launch_conv_fwd(
         return out
     groups, *_, outputs = w.shape
     rows = rows.view(len(x), -1, groups, outputs)
+    plus = None if bias is None else bias.view(groups, 1, outputs)
     for part in _parts(x, offset, w.shape[1]):
         plan = _deform.make_plan(x[part], offset[part], _slice(mask, part), geometry)
-        factors = _columns(x[part], plan, groups), w.flatten(1, 2)
-        into = rows[part].flatten(0, 1).transpose(0, 1)
-        plus = None if bias is None else bias.view(groups, 1, outputs)
-        _product(*factors, plus, out=into)
+        columns = _columns(x[part], plan, groups)
+        _product(columns, w.flatten(1, 2), plus, out=rows[part].flatten(0, 1).transpose(0, 1))
+        del columns  # before there are others
     return out
 
 
@@ -200,14 +200,16 @@ def _grads_by_columns(
         plan = _deform.make_plan(x[part], *where, geometry, cells=_in_order(needs))
         rows = by_image[part].flatten(0, 1).transpose(0, 1)
         if needs[3]:
-            share = _product(_columns(x[part], plan, groups).transpose(1, 2), rows)
-            share = share.to(plan.weights.dtype)
+            columns = _columns(x[part], plan, groups)
+            share = _product(columns.transpose(1, 2), rows).to(plan.weights.dtype)
             d_w = share if d_w is None else d_w + share
+            del columns  # before there are others
         if any(needs[:3]):
             each = _product(rows, w.flatten(1, 2).transpose(1, 2))
             each = each.view(groups, -1, taps, per_group).permute(1, 2, 0, 3)
             each = each.reshape(-1, plan.pixels, taps, x.shape[3])
             parts.append(_data_grads(each, x[part], plan, *where, geometry, needs[:3]))
+            del each
     data = [_joined([found[i] for found in parts]) for i in range(3)]
     return *data, None if d_w is None else d_w.view(w.shape)
 

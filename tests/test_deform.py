@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from typing import Any
 from unittest import mock
 
@@ -337,3 +338,26 @@ def test_inline_ptx_changes_nothing(
         with large_tiles():
             results.append(gradients(case, "fused"))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_memory_by_columns_keeps_to_the_limit(
+    kernel: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward: columns of as many images at a time, and no two of them."""
+    if kernel.type != "cpu":
+        pytest.skip("allocations are counted on the CPU")
+    b, c, size, taps = 6, 32, 16, 9
+    x = torch.randn(b, c, size, size).contiguous(memory_format=torch.channels_last)
+    offset = torch.randn(b, 2 * taps, size, size)
+    weight = torch.randn(8, c, 3, 3, requires_grad=True)
+    limit = 2 * 4 * c * taps * size * size
+    monkeypatch.setattr(_deform_ops, "columns_limit", limit)
+    x.requires_grad_()
+    monkeypatch.setattr(_dispatch, "launch", lambda *_, **__: None)
+    with torch.profiler.profile(profile_memory=True) as p:
+        deform_conv2d(x, offset, weight, padding=1).sum().backward()
+    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    big = [n for n in sizes if abs(n) >= limit]
+    assert len([n for n in big if n > 0]) == 9  # three parts, forward and two gradients
+    assert max(itertools.accumulate(big)) == limit
