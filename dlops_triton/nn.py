@@ -306,8 +306,7 @@ class _Pack(_DeformConv2d):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weight anew; bias and ``conv_offset`` become zero."""
-        self._draw_weight()
+        """Bias and ``conv_offset`` become zero; the weight is drawn as its class has it."""
         for parameter in (self.bias, *self.conv_offset.parameters()):
             if parameter is not None:
                 nn.init.zeros_(parameter)
@@ -315,9 +314,6 @@ class _Pack(_DeformConv2d):
     def extra_repr(self) -> str:
         groups = f", deform_groups={self.deform_groups}" if self.deform_groups != 1 else ""
         return super().extra_repr() + groups
-
-    def _draw_weight(self) -> None:
-        raise NotImplementedError
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
@@ -381,7 +377,9 @@ class DeformConv2dPack(_Pack):
             *(groups, deform_groups, bias),
         )
 
-    def _draw_weight(self) -> None:
+    def reset_parameters(self) -> None:
+        """Draw the weight anew; ``conv_offset`` becomes zero."""
+        super().reset_parameters()
         nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -416,7 +414,9 @@ class ModulatedDeformConv2dPack(_Pack):
 
     _PER_TAP = 3
 
-    def _draw_weight(self) -> None:
+    def reset_parameters(self) -> None:
+        """Draw the weight anew; bias and ``conv_offset`` become zero."""
+        super().reset_parameters()
         bound = 1 / math.sqrt(self.in_channels * self.kernel_size[0] * self.kernel_size[1])
         nn.init.uniform_(self.weight, -bound, bound)
 

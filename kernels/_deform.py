@@ -24,6 +24,24 @@ def _along(position, shift, size):
 
 
 @triton.jit
+def number_samples(P, pixels, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's samples, tap by tap: their numbers, taps (of all offset groups), images and
+    pixels."""
+    sample = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if not WIDE:
+        sample = sample.to(tl.int32)  # whose division is quick
+    gk, p = (sample // P).to(tl.int32), sample % P
+    return sample, gk, p // pixels, (p % pixels).to(tl.int32)
+
+
+@triton.jit
+def address(strides, image, gk, pixel):
+    """Of tap ``gk`` in a tensor read through its strides by image, channel and pixel."""
+    at = image.to(tl.int64) * strides[0] + gk.to(tl.int64) * strides[1]
+    return at + pixel.to(tl.int64) * strides[2]
+
+
+@triton.jit
 def locate(
     offset_ptr,
     strides,
@@ -43,13 +61,11 @@ def locate(
     strides: of the offset, by image, channel and pixel; geometry: (K, kw, then stride,
     padding and dilation, each by y and by x).
     """
-    stride_b, stride_c, stride_p = strides
     taps, across, step_y, step_x, pad_y, pad_x, spread_y, spread_x = geometry
     tap = gk % taps
-    at = image.to(tl.int64) * stride_b + gk.to(tl.int64) * 2 * stride_c
-    at += pixel.to(tl.int64) * stride_p
+    at = address(strides, image, gk * 2, pixel)
     d_y = tl.load(offset_ptr + at, mask=live, other=0).to(ACC)
-    d_x = tl.load(offset_ptr + at + stride_c, mask=live, other=0).to(ACC)
+    d_x = tl.load(offset_ptr + at + strides[1], mask=live, other=0).to(ACC)
     y_0 = pixel // out_width * step_y - pad_y + tap // across * spread_y
     x_0 = pixel % out_width * step_x - pad_x + tap % across * spread_x
     y, rest_y, above, open_y = _along(y_0, d_y, height)

@@ -21,7 +21,15 @@ cores and 8 P K C others. The columns, s P K C, exist nowhere in the fused kerne
 import triton
 import triton.language as tl
 
-from ._deform import chunk_start, four, interpolate, load_corner, locate
+from ._deform import (
+    address,
+    chunk_start,
+    four,
+    interpolate,
+    load_corner,
+    locate,
+    number_samples,
+)
 
 
 @triton.jit(do_not_specialize=["samples", "P", "pixels", "height", "width", "out_width"])
@@ -45,11 +53,7 @@ def deform_plan_kernel(
 ):
     """One program owns BLOCK samples."""
     ACC: tl.constexpr = weights_ptr.dtype.element_ty
-    sample = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    if not WIDE:
-        sample = sample.to(tl.int32)  # whose division is quick
-    gk, p = (sample // P).to(tl.int32), sample % P
-    image, pixel = p // pixels, (p % pixels).to(tl.int32)
+    sample, gk, image, pixel = number_samples(P, pixels, WIDE, BLOCK)
     live = sample < samples
     y, x, rest_y, rest_x, outside, unknown = locate(
         offset_ptr, offset_strides, image, pixel, gk, live, height, width, out_width, geometry, ACC
@@ -59,9 +63,8 @@ def deform_plan_kernel(
     up, down = tl.where(outside, 0.0, up), tl.where(outside, 0.0, down)
     up, down = tl.where(unknown, float("nan"), up), tl.where(unknown, float("nan"), down)
     if mask_ptr is not None:
-        at = image.to(tl.int64) * mask_strides[0] + gk.to(tl.int64) * mask_strides[1]
-        at += pixel.to(tl.int64) * mask_strides[2]
-        m = tl.load(mask_ptr + at, mask=live, other=0).to(ACC)
+        at_mask = address(mask_strides, image, gk, pixel)
+        m = tl.load(mask_ptr + at_mask, mask=live, other=0).to(ACC)
     else:
         m = tl.full((BLOCK,), 1.0, ACC)
     nowhere = outside | unknown
@@ -309,11 +312,7 @@ def deform_shift_bwd_kernel(
 ):
     """Gradients by offset and mask. One program owns BLOCK samples."""
     ACC: tl.constexpr = sums_ptr.dtype.element_ty
-    sample = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    if not WIDE:
-        sample = sample.to(tl.int32)  # whose division is quick
-    gk, p = (sample // P).to(tl.int32), sample % P
-    image, pixel = p // pixels, (p % pixels).to(tl.int32)
+    sample, gk, image, pixel = number_samples(P, pixels, WIDE, BLOCK)
     live = sample < samples
     y, x, down, right, outside, unknown = locate(
         offset_ptr, offset_strides, image, pixel, gk, live, height, width, out_width, geometry, ACC
@@ -333,9 +332,8 @@ def deform_shift_bwd_kernel(
         d_y = (s2 - s0) * (1 - right) + (s3 - s1) * right
         d_x = (s1 - s0) * (1 - down) + (s3 - s2) * down
         if mask_ptr is not None:
-            m_at = image.to(tl.int64) * mask_strides[0] + gk.to(tl.int64) * mask_strides[1]
-            m_at += pixel.to(tl.int64) * mask_strides[2]
-            m = tl.load(mask_ptr + m_at, mask=live, other=0).to(ACC)
+            at_mask = address(mask_strides, image, gk, pixel)
+            m = tl.load(mask_ptr + at_mask, mask=live, other=0).to(ACC)
             d_y, d_x = d_y * m, d_x * m
         d_y = tl.where(unknown, float("nan"), tl.where(outside, 0.0, d_y))
         d_x = tl.where(unknown, float("nan"), tl.where(outside, 0.0, d_x))
