@@ -343,3 +343,19 @@ def test_kernel_size_rejected() -> None:
     ):
         with pytest.raises((TypeError, ValueError), match=f"kernel_size must be .*{message}"):
             deform_sample(x, offset, size, padding=1)  # type: ignore[arg-type]
+
+
+def test_halves_near_their_limit(device: torch.device) -> None:
+    """Pixels that no multiple of would be finite, products whose sum is, but not on the way."""
+    x = torch.full((1, 16, 4, 4), 6e4, dtype=torch.half, device=device, requires_grad=True)
+    sign = torch.ones(16, 16, 2, 2, dtype=torch.half, device=device)
+    sign[:, 8:] = -1
+    sign[:, 0] = 1 + 2**-6
+    offset = torch.full((1, 8, 3, 3), 0.25, device=device)
+    offset[..., -1, :] = offset[..., :, -1] = 0
+    out = deform_conv2d(x, offset, sign)
+    want = 4 * 6e4 * 2**-6
+    assert_close(out, np.full(out.shape, want), scale=64 * 6e4)
+    torch.use_deterministic_algorithms(False)
+    (d_x,) = torch.autograd.grad(out.sum(), x)
+    assert bool(d_x.isfinite().all())
