@@ -15,12 +15,18 @@ from .nms import batched_nms, nms, nms_padded
 from .soft_nms import soft_nms, soft_nms_padded
 from .softmax_focal import softmax_focal_loss
 
+# After the ops, which they are made of.
+from . import compat  # isort: skip
+from ._patch import Patch, install_mmcv_ops, patch  # isort: skip
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "Patch",
     "batched_nms",
     "box_iou",
     "box_match",
+    "compat",
     "complete_box_iou",
     "complete_box_iou_loss",
     "deform_conv2d",
@@ -32,8 +38,10 @@ __all__ = [
     "ghmc_loss",
     "ghmr_loss",
     "implementation",
+    "install_mmcv_ops",
     "nms",
     "nms_padded",
+    "patch",
     "sigmoid_focal_loss",
     "soft_nms",
     "soft_nms_padded",
