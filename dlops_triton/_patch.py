@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .compat import detectron2, mmcv, mmdet, torchvision
+from .compat import _assigner, detectron2, mmcv, mmdet, torchvision
 
 Function = Callable[..., Any]
 
@@ -78,7 +78,7 @@ def _mmdet_assign(
     self: Any, pred_instances: Any, gt_instances: Any, gt_instances_ignore: Any = None, **_: Any
 ) -> Any:
     result = importlib.import_module("mmdet.models.task_modules.assigners.assign_result")
-    num_gts, gt_inds, max_overlaps, labels = mmdet.assign(
+    num_gts, gt_inds, max_overlaps, labels = _assigner.assign(
         self, pred_instances, gt_instances, gt_instances_ignore
     )
     return result.AssignResult(num_gts, gt_inds, max_overlaps, labels)
@@ -208,7 +208,9 @@ class Patch:
             f"{self.library} {self.version}: {len(self.replaced)} ops replaced in {places} places"
         ]
         width = max(map(len, (*self.replaced, *self.already)), default=0)
-        lines += [f"  {op:{width}}  {', '.join(found)}" for op, found in self.replaced.items()]
+        for op, found in self.replaced.items():
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            lines.append(f"  {op:{width}}  {', '.join(found[:3])}{more}")
         lines += [f"  {op:{width}}  by an earlier patch" for op in self.already]
         return "\n".join(lines)
 
