@@ -272,8 +272,27 @@ class DeformConv2dPack(nn.DeformConv2dPack):
 
 
 class ModulatedDeformConv2dPack(nn.ModulatedDeformConv2dPack):
-    """``mmcv.ops.ModulatedDeformConv2dPack``, "DCNv2": the class of that name in `nn`."""
+    """``mmcv.ops.ModulatedDeformConv2dPack``, "DCNv2": the class of that name in `nn`.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups,
+            bias: as in :class:`ModulatedDeformConv2d`.
+    """
 
     @renamed(deformable_groups="deform_groups")
-    def __init__(self, *args: object, **kwargs: object):
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: Pair = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        deform_groups: int = 1,
+        bias: bool = True,
+    ):
+        super().__init__(
+            *(in_channels, out_channels, kernel_size, stride, padding, dilation),
+            *(groups, deform_groups, bias),
+        )
