@@ -295,7 +295,8 @@ def install_mmcv_ops() -> Patch:
     if "mmcv._ext" not in sys.modules and importlib.util.find_spec("mmcv._ext") is None:
         stand_in = types.ModuleType("mmcv._ext", "Stands in for mmcv's compiled extension.")
         stand_in.__getattr__ = _absent  # type: ignore[method-assign]
-        sys.modules["mmcv._ext"] = importlib.import_module("mmcv")._ext = stand_in
+        sys.modules["mmcv._ext"] = stand_in
+        vars(importlib.import_module("mmcv"))["_ext"] = stand_in
     return patch("mmcv")
 
 
