@@ -36,7 +36,7 @@ from dlops_triton.perf import ink, report, rows  # noqa: E402
 PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
-    "perf/README.md": "performance.md",
+    "perf/README.md": "measuring.md",
 }
 PHOTOGRAPHS = sorted((ROOT / "examples/images").glob("*.*"))
 MEASURED = sorted((ROOT / "perf/results").glob("*.svg"))
@@ -133,6 +133,8 @@ def _relinked(text: str, folder: str, here: str) -> str:
             raise PluginError(f"the site has no page for {path}")
         return f"]({posixpath.relpath(path, here or '.')})"
 
+    # GitHub wants pipes escaped in the code of a table, Python-Markdown does not.
+    text = re.sub(r"`[^`\n]+`", lambda code: code[0].replace(r"\|", "|"), text)
     return re.sub(r"\]\(([^)\s]+)\)", link, text)
 
 
@@ -145,7 +147,10 @@ def _figures(op: str) -> str:
 
 def _formula(match: re.Match[str]) -> str:
     display = "block" if match[1] == "div" else "inline"
-    return convert(html.unescape(match[2]).strip(), display=display)
+    drawn = convert(html.unescape(match[2]).strip(), display=display)
+    if "\\" in drawn:
+        raise PluginError(f"latex2mathml does not know all of {match[2]}")
+    return drawn
 
 
 # --- docstrings ------------------------------------------------------------------------------
@@ -170,26 +175,33 @@ class Docstrings(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:
-            obj.docstring.value = _markdown(obj.docstring.value, obj.name)
+            obj.docstring.value = _markdown(obj.docstring.value, obj)
         if isinstance(obj, griffe.Function):
             hidden = [p.name for p in obj.parameters if p.name.startswith("_")]
             for name in hidden:
                 del obj.parameters[name]
 
 
-def _markdown(text: str, own: str) -> str:
+def _markdown(text: str, obj: griffe.Object) -> str:
     text = re.sub(r"^\.\. math::\n((?:    .*\n?)+)", _block, text, flags=re.M)
     text = re.sub(r":math:`([^`]+)`", r"$\1$", text)
-    text = re.sub(r":func:`([^`]+)`", r"`\1`", text)
+    text = re.sub(r":(?:func|class):`([^`]+)`", r"`\1`", text)
     text = re.sub(
         r"^(Args|Returns|Raises):\n((?:(?: {4}.*)?\n)*(?: {4}.*)?)", _described, text, flags=re.M
     )
 
     def link(match: re.Match[str]) -> str:
+        """A name of its module, else a public one, else a path."""
         name = match[1]
-        return f"[`{name}`][{PUBLIC[name]}]" if name in PUBLIC and name != own else match[0]
+        if "." not in name and obj.path.startswith("dlops_triton.compat."):
+            path = f"{obj.module.path}.{name}" if name in obj.module.members else ""
+        else:
+            path = PUBLIC.get(name.removeprefix("dlops_triton."), "")
+        if not path and re.match(r"dlops_triton\.(compat|nn)\.", name):
+            path = name
+        return f"[`{name}`][{path}]" if path and path != obj.path else match[0]
 
-    return re.sub(r"(?<!`)`(\w+)`(?!`)", link, text)
+    return re.sub(r"(?<!`)`([\w.]+)`(?!`)", link, text)
 
 
 def _block(match: re.Match[str]) -> str:

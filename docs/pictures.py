@@ -103,7 +103,7 @@ def focal(figure: Any, ink: Ink) -> None:
     tiny = torch.finfo(torch.float32).tiny
     clamped = -0.75 * x.sigmoid() ** 2 * (1 - x.sigmoid()).clamp(min=tiny).log()
     here = ops.sigmoid_focal_loss(x, torch.zeros(401))
-    _curves(three, ink, x, {"here": here, "log of a clamped\nprobability, fp32": clamped})
+    _curves(three, ink, x, {"here": here, "clamped": clamped}, "center right")
     three.set_ylim(0, 80)
 
 
@@ -309,7 +309,7 @@ def soft_nms(figure: Any, ink: Ink) -> None:
         "linear, above 0.3": factor(method="linear", iou_threshold=0.3),
         "hard, above 0.5": factor(method="hard", iou_threshold=0.5),
     }
-    _curves(one, ink, overlap, curves, "lower left")
+    _curves(one, ink, overlap, curves, "upper right")
     boxes, scores = _crowd()
     before = scores.sort(descending=True).values
     _, after = ops.soft_nms(boxes, scores, sigma=0.5)
