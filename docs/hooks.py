@@ -162,7 +162,7 @@ def _public() -> dict[str, str]:
     return {
         alias.name: f"dlops_triton.{node.module}.{alias.name}"
         for node in tree.body
-        if isinstance(node, ast.ImportFrom) and node.level == 1
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
         for alias in node.names
     }
 
@@ -184,10 +184,14 @@ class Docstrings(griffe.Extension):
 
 def _markdown(text: str, obj: griffe.Object) -> str:
     text = re.sub(r"^\.\. math::\n((?:    .*\n?)+)", _block, text, flags=re.M)
+    text = re.sub(r"^::\n\n((?: {4}.*\n|\n)+)", _example, text, flags=re.M)
     text = re.sub(r":math:`([^`]+)`", r"$\1$", text)
-    text = re.sub(r":(?:func|class):`([^`]+)`", r"`\1`", text)
+    text = re.sub(r":(?:func|class|meth):`([^`]+)`", r"`\1`", text)
     text = re.sub(
-        r"^(Args|Returns|Raises):\n((?:(?: {4}.*)?\n)*(?: {4}.*)?)", _described, text, flags=re.M
+        r"^(Args|Attributes|Returns|Raises):\n((?:(?: {4}.*)?\n)*(?: {4}.*)?)",
+        _described,
+        text,
+        flags=re.M,
     )
 
     def link(match: re.Match[str]) -> str:
@@ -208,11 +212,22 @@ def _block(match: re.Match[str]) -> str:
     return f"$$\n{match[1].strip()}\n$$\n"
 
 
+def _example(match: re.Match[str]) -> str:
+    code = re.sub(r"^ {4}", "", match[1].rstrip(), flags=re.M)
+    return f"```python\n{code}\n```\n\n"
+
+
+def _term(match: re.Match[str]) -> str:
+    """The names that one description is of."""
+    names = ", ".join(f"`{name}`" for name in re.findall(r"\w+", match[1]))
+    return f"\n{names}\n:   "
+
+
 def _described(match: re.Match[str]) -> str:
     """A list of "name: text", or free text."""
     title = {"Args": "Arguments"}.get(match[1], match[1])
     body = re.sub(r"^ {4}", "", match[2].rstrip(), flags=re.M)
-    names = re.compile(r"^([\w, ]+|\"\w+\"(?:, \"\w+\")*): ", re.M)
+    names = re.compile(r"^(\w+(?:,\s+\w+)*): ", re.M)
     if match[1] != "Returns":
-        body = names.sub(lambda m: f"\n`{m[1].replace(', ', '`, `')}`\n:   ", body)
+        body = names.sub(_term, body)
     return f"\n**{title}**\n\n{body.strip()}\n\n"
