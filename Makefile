@@ -35,7 +35,7 @@ wheel: $(if $(VENV),$(VENV)/dev.installed)
 	$(RUN) tests/tools/check_wheel.py
 
 docs: $(if $(VENV),$(VENV)/docs.installed)
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 check: test lint types wheel docs
 	$(MAKE) demo ARGS="--quick --out runs/quick"

@@ -198,7 +198,9 @@ def _markdown(text: str, obj: griffe.Object) -> str:
         """A name of its module, else a public one, else a path."""
         name = match[1]
         if "." not in name and obj.path.startswith("dlops_triton.compat."):
-            path = f"{obj.module.path}.{name}" if name in obj.module.members else ""
+            member = obj.module.members.get(name)
+            defined = member is not None and not member.is_alias and not member.is_attribute
+            path = f"{obj.module.path}.{name}" if defined else ""
         else:
             path = PUBLIC.get(name.removeprefix("dlops_triton."), "")
         if not path and re.match(r"dlops_triton\.(compat|nn)\.", name):
