@@ -43,7 +43,10 @@ def test_pages_do_as_they_say(page: Path, device: torch.device) -> None:
 
 
 def test_every_op_has_a_table_a_formula_and_a_picture() -> None:
-    for page in (DOCS / "ops").glob("*.md"):
+    pages = sorted((DOCS / "ops").glob("*.md"))
+    families = (DOCS.parent / "kernels").glob("[a-z]*.py")
+    assert {page.stem for page in pages} == {file.stem for file in families}
+    for page in pages:
         text = page.read_text(encoding="utf-8")
         assert len(ROW.findall(text)) >= 10, page.name
         assert "\n$$\n" in text, page.name
