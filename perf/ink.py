@@ -93,18 +93,23 @@ class Picture:
     name: str  # of its file, without extension
     title: str  # says what it is, whether measured or predicted, and on which GPU
     source: str  # of its rows
-    height: float  # in inches, of 10 in width
+    height: float  # in inches
     build: Callable[[Any, Ink], None]  # fills a matplotlib Figure
+    width: float = 10.0
+    headed: bool = True  # title and source are drawn, or only told to screen readers
+
+
+def values(theme: str) -> str:
+    """CSS declarations of the colours' variables on one ground."""
+    place = THEMES.index(theme)
+    return " ".join(f"--{role}: {pair[place]};" for role, pair in _COLOURS.items())
 
 
 def variables() -> str:
     """CSS that gives the colours' variables their values, for either ground and for print."""
-    light, dark = (
-        " ".join(f"--{role}: {pair[i]};" for role, pair in _COLOURS.items()) for i in (0, 1)
-    )
     return (
-        f":root {{ {light} }}\n"
-        f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}"
+        f":root {{ {values('light')} }}\n"
+        f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {values('dark')} }} }}"
     )
 
 
@@ -171,8 +176,9 @@ def _saved(picture: Picture, ink: Ink, **options: Any) -> bytes:
         mpl.rcdefaults()  # whatever the user's own settings are
         settings: Any = _SETTINGS | colours | {"svg.hashsalt": picture.name}
         mpl.rcParams.update(settings)
-        figure = Figure(figsize=(10, picture.height), layout="constrained")
-        _head(figure, picture, ink)
+        figure = Figure(figsize=(picture.width, picture.height), layout="constrained")
+        if picture.headed:
+            _head(figure, picture, ink)
         picture.build(figure, ink)
         out = io.BytesIO()
         figure.savefig(out, **options)
