@@ -76,9 +76,11 @@ def detections(boxes: Tensor, scores: object, idxs: object = None, valid: object
 
 
 def choice(name: str, value: object, accepted: Sequence[object]) -> None:
-    if not any(type(value) is type(a) and value == a for a in accepted):
-        options = ", ".join(repr(a) for a in accepted)
-        raise ValueError(f"{name} must be one of {options}, got {value!r}")
+    for a in accepted:
+        if type(value) is type(a) and value == a:
+            return
+    options = ", ".join(repr(a) for a in accepted)
+    raise ValueError(f"{name} must be one of {options}, got {value!r}")
 
 
 def number(name: str, value: object, low: float, high: float, accepted: str) -> None:

@@ -6,10 +6,10 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import _dispatch
+from ._dispatch import cdiv, next_power_of_2
 from ._settings import Settings
 from .kernels.deform import (
     deform_conv_bwd_kernel,
@@ -86,7 +86,7 @@ def make_plan(
     mask = None if mask is None else mask.flatten(2)
     _dispatch.launch(
         deform_plan_kernel,
-        (triton.cdiv(all_taps * size, settings["BLOCK"]),),
+        (cdiv(all_taps * size, settings["BLOCK"]),),
         offset,
         mask,
         rows,
@@ -119,8 +119,8 @@ def sample(x: Tensor, plan: Plan, columns: Tensor) -> None:
     _dispatch.launch(
         deform_sample_fwd_kernel,
         (
-            images * triton.cdiv(pixels, options["BM"]),
-            plan.offset_groups * triton.cdiv(run, options["BK"]),
+            images * cdiv(pixels, options["BM"]),
+            plan.offset_groups * cdiv(run, options["BK"]),
         ),
         x,
         plan.rows,
@@ -152,7 +152,7 @@ def sample_grads(
         options = _by_line(SAMPLE_BWD.on(x), x, run)
         _dispatch.launch(
             deform_sample_bwd_kernel,
-            (triton.cdiv(plan.size, options["BM"]), plan.offset_groups * plan.taps),
+            (cdiv(plan.size, options["BM"]), plan.offset_groups * plan.taps),
             grad,
             x if needs_shift else None,
             plan.rows,
@@ -185,8 +185,8 @@ def _gather(grad: Tensor, x: Tensor, plan: Plan) -> Tensor:
     _dispatch.launch(
         deform_gather_kernel,
         (
-            triton.cdiv(b * height * width, options["BM"]),
-            plan.offset_groups * triton.cdiv(run, options["BK"]),
+            cdiv(b * height * width, options["BM"]),
+            plan.offset_groups * cdiv(run, options["BK"]),
         ),
         grad,
         plan.weights,
@@ -226,7 +226,7 @@ def shift_grads(
     flat_mask = None if mask is None else mask.flatten(2)
     _dispatch.launch(
         deform_shift_bwd_kernel,
-        (triton.cdiv(taps * size, settings["BLOCK"]),),
+        (cdiv(taps * size, settings["BLOCK"]),),
         sums,
         flat,
         flat_mask,
@@ -253,7 +253,10 @@ def conv(x: Tensor, plan: Plan, w: Tensor, bias: Tensor | None, out: Tensor) -> 
     sizes, options = _products(CONV_FWD.on(x), x, plan, w)
     _dispatch.launch(
         deform_conv_fwd_kernel,
-        (triton.cdiv(plan.size, options["BM"]) * triton.cdiv(w.shape[3], options["BN"]), len(w)),
+        (
+            cdiv(plan.size, options["BM"]) * cdiv(w.shape[3], options["BN"]),
+            len(w),
+        ),
         x,
         plan.rows,
         plan.weights,
@@ -277,7 +280,7 @@ def conv_data_grads(
     sizes, options = _products(CONV_BWD.on(x), x, plan, w)
     _dispatch.launch(
         deform_conv_bwd_kernel,
-        (triton.cdiv(plan.size, options["BM"]), plan.offset_groups * plan.taps),
+        (cdiv(plan.size, options["BM"]), plan.offset_groups * plan.taps),
         grad,
         w,
         x if needs_shift else None,
@@ -298,12 +301,12 @@ def conv_weight_grad(grad: Tensor, x: Tensor, plan: Plan, w: Tensor) -> Tensor:
     """As ``w``, in fp32 or fp64, from the gradient by outputs, [P, groups * CO]."""
     sizes, options = _products(CONV_WGRAD.on(x), x, plan, w)
     groups, taps, per_group, out = w.shape
-    tiles = taps * triton.cdiv(out, options["BN"]) * (per_group // sizes[3])
-    tiles *= triton.cdiv(sizes[3], options["BK"])
+    tiles = taps * cdiv(out, options["BN"]) * (per_group // sizes[3])
+    tiles *= cdiv(sizes[3], options["BK"])
     # At most 64 of them, for each needs the memory of the weights.
-    span = max(options.pop("SPLIT"), triton.cdiv(plan.size, 64))
-    span = triton.cdiv(span, options["BM"]) * options["BM"]
-    splits = triton.cdiv(plan.size, span)
+    span = max(options.pop("SPLIT"), cdiv(plan.size, 64))
+    span = cdiv(span, options["BM"]) * options["BM"]
+    splits = cdiv(plan.size, span)
     parts = x.new_empty((splits, *w.shape), dtype=plan.weights.dtype)
     _dispatch.launch(
         deform_conv_wgrad_kernel,
@@ -351,7 +354,7 @@ def _by_line(values: Any, x: Tensor, run: int) -> dict[str, Any]:
     """Settings with the number of channels in a chunk in place of its bytes."""
     options = dict(values)
     chunk = max(options.pop("LINE") // x.element_size(), 16)
-    chunk = min(chunk, max(16, triton.next_power_of_2(run)))
+    chunk = min(chunk, max(16, next_power_of_2(run)))
     divisor = run & -run
     return {**options, "BK": min(chunk, divisor) if divisor >= 32 else chunk}
 
@@ -364,7 +367,7 @@ def _products(
     per_group, out = w.shape[2:]
     run = math.gcd(per_group, per_offset)
     options = _by_line(values, x, run)
-    options["BN"] = min(options["BN"], max(16, triton.next_power_of_2(out)))
+    options["BN"] = min(options["BN"], max(16, next_power_of_2(out)))
     precision = _dispatch.precision(x.dtype, x.device)
     if precision == "ieee" and x.dtype in (torch.float32, torch.float64):
         # Without tensor cores a program holds its operands in registers.

@@ -10,7 +10,6 @@ import math
 from typing import Any, Literal
 
 import torch
-import triton
 from torch import Tensor
 
 from . import _deform, _dispatch
@@ -253,8 +252,8 @@ def _parts(x: Tensor, offset: Tensor, taps: int) -> list[slice]:
     """Images by their numbers, so many at a time that their columns keep to the limit."""
     pixels = offset.shape[2] * offset.shape[3]
     bytes_per_image = taps * pixels * x.shape[3] * x.element_size()
-    count = triton.cdiv(len(x), max(1, columns_limit // bytes_per_image))
-    step = triton.cdiv(len(x), count)
+    count = _dispatch.cdiv(len(x), max(1, columns_limit // bytes_per_image))
+    step = _dispatch.cdiv(len(x), count)
     return [slice(i, i + step) for i in range(0, len(x), step)]
 
 

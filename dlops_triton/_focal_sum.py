@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from . import _autograd, _dispatch, _losses
@@ -101,12 +100,12 @@ def _launch(
         block, blocks = settings["BLOCK"], min(settings.pop("BLOCKS"), 31)
         if layout.inner == 1:
             kernel, size = focal_rows_kernel, x.numel()
-            total = triton.cdiv(size, block)
-            grid = (triton.cdiv(total, _share(total, blocks)), 1)
+            total = _dispatch.cdiv(size, block)
+            grid = (_dispatch.cdiv(total, _share(total, blocks)), 1)
         else:
             kernel, size = focal_columns_kernel, layout.inner
-            columns, total = layout.outer * triton.cdiv(size, block), layout.classes
-            grid = (columns, triton.cdiv(total, _share(columns * total, blocks)))
+            columns, total = layout.outer * _dispatch.cdiv(size, block), layout.classes
+            grid = (columns, _dispatch.cdiv(total, _share(columns * total, blocks)))
         out = loss.new_empty(1 + grid[0] * grid[1])
         _dispatch.launch(
             kernel,

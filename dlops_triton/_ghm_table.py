@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 
 from . import _dispatch, _losses
@@ -44,7 +43,7 @@ State = tuple[Tensor | None, Tensor | None]  # acc_sum, and how often its bins w
 
 
 def _slots(bins: int) -> int:
-    return triton.next_power_of_2(bins + 1)
+    return _dispatch.next_power_of_2(bins + 1)
 
 
 def _table_size(bins: int) -> int:
@@ -92,10 +91,10 @@ class Launch:
         )
         self.settings = dict((for_rows if for_rows and self.rows else settings).on(pred))
         block, self.n = self.settings["BLOCK"], pred.numel()
-        self.programs = blocks = triton.cdiv(self.n, block)
+        self.programs = blocks = _dispatch.cdiv(self.n, block)
         if self.rows:
-            owned = max(self.settings.pop("BLOCKS"), triton.cdiv(blocks, _PROGRAMS))
-            self.programs = triton.cdiv(blocks, min(owned, _MOST_BLOCKS))
+            owned = max(self.settings.pop("BLOCKS"), _dispatch.cdiv(blocks, _PROGRAMS))
+            self.programs = _dispatch.cdiv(blocks, min(owned, _MOST_BLOCKS))
             self.sizes: tuple[int, ...] = (self.n, layout.classes)
             self.constants: dict[str, Any] = {"PTX": ptx, "SLOTS": _slots(bins)}
         else:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import _dispatch
@@ -59,7 +58,7 @@ def _launch_scale(dx: Tensor, grad: Tensor) -> None:
     if dx.numel() == 0:
         return
     settings = SCALE.on(dx)
-    programs = min(triton.cdiv(dx.numel(), settings["BLOCK"]), _PROGRAMS)
+    programs = min(_dispatch.cdiv(dx.numel(), settings["BLOCK"]), _PROGRAMS)
     _dispatch.launch(
         scale_kernel, (programs,), dx, grad, dx.numel(), enable_fp_fusion=True, **settings
     )
@@ -107,6 +106,9 @@ def by_class(logits: Tensor, dim: int) -> ByClass:
     Copied only if the memory has gaps or overlaps, as that of a slice or an expanded tensor.
     """
     shape, dim = logits.shape, dim % max(logits.dim(), 1)
+    if dim == logits.dim() - 1 and logits.is_contiguous():  # most are
+        classes = shape[dim]
+        return ByClass(logits, tuple(range(dim)), math.prod(shape[:dim]), classes, 1)
     order = _order(logits)
     if not logits.permute(order).is_contiguous():
         logits = torch.empty_like(logits).copy_(logits)

@@ -6,7 +6,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import _dispatch
@@ -148,7 +147,7 @@ def segments(
         order = order.gather(1, place)
         alive = None if alive is None else alive.gather(1, place)
     settings = SEGMENTS.on(boxes)
-    chunks = 1 if ids is None else triton.cdiv(n, settings["CHUNK"])
+    chunks = 1 if ids is None else _dispatch.cdiv(n, settings["CHUNK"])
     row = boxes.new_empty((images * n + 31, 4), dtype=_dispatch.compute_dtype(boxes.dtype))
     keep = torch.zeros((images, n), dtype=torch.int8, device=boxes.device)
     is_large = torch.zeros(1, dtype=torch.int32, device=boxes.device)
@@ -210,7 +209,7 @@ def bands(boxes: Tensor, keep: Tensor, options: Options) -> None:
     n = boxes.shape[0]
     masking, resolving = MASK.on(boxes), RESOLVE.on(boxes)
     block, width = masking["BLOCK"], band(n)
-    words, stride = triton.cdiv(width, 32), triton.cdiv(width, block) * block
+    words, stride = _dispatch.cdiv(width, 32), _dispatch.cdiv(width, block) * block
     mask = boxes.new_empty((words, stride), dtype=torch.int32)
     packed = boxes.new_empty(words, dtype=torch.int32)
     row = None
@@ -221,7 +220,7 @@ def bands(boxes: Tensor, keep: Tensor, options: Options) -> None:
     for start in range(0, n, width):
         end = min(start + width, n)
         size = end - start
-        grid = (triton.cdiv(size, block), triton.cdiv(size, 32))
+        grid = (_dispatch.cdiv(size, block), _dispatch.cdiv(size, 32))
         _dispatch.launch(
             nms_mask_kernel,
             grid,
@@ -240,10 +239,10 @@ def bands(boxes: Tensor, keep: Tensor, options: Options) -> None:
         )
         if end < n:
             suppressing = SUPPRESS.on(boxes)
-            later = triton.cdiv(n - end, suppressing["BLOCK"])
+            later = _dispatch.cdiv(n - end, suppressing["BLOCK"])
             _dispatch.launch(
                 nms_suppress_kernel,
-                (later, triton.cdiv(size, suppressing["SHARE"])),
+                (later, _dispatch.cdiv(size, suppressing["SHARE"])),
                 *(boxes, flags, row, count, end, n, options.iou_threshold),
                 OFFSET=options.offset,
                 enable_fp_fusion=False,
@@ -256,7 +255,7 @@ def listed(order: Tensor, keep: Tensor, max_output: int) -> tuple[Tensor, Tensor
     images, n = order.shape
     indices = order.new_full((images, max_output), -1)
     counts = order.new_empty(images, dtype=torch.int32)
-    blocks = triton.cdiv(n, _LISTED_BY_ONE)
+    blocks = _dispatch.cdiv(n, _LISTED_BY_ONE)
     _dispatch.launch(
         nms_list_kernel,
         (images * blocks,),

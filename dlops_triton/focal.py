@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import triton
 from torch import Tensor
 
 from . import _autograd, _checks, _dispatch, _losses
@@ -278,7 +277,7 @@ def _launch_fwd(
         return loss.zero_()
     layout = _losses.by_class(inputs, -1)
     settings = FWD.on(inputs)
-    programs = triton.cdiv(n, settings["BLOCK"])
+    programs = _dispatch.cdiv(n, settings["BLOCK"])
     out = loss.new_empty(programs) if reduce else loss
     _dispatch.launch(
         focal_fwd_kernel,
@@ -316,7 +315,7 @@ def _launch_bwd(
     scalar = not any(grad.stride())
     _dispatch.launch(
         focal_bwd_kernel,
-        (triton.cdiv(n, settings["BLOCK"]),),
+        (_dispatch.cdiv(n, settings["BLOCK"]),),
         *_arguments(layout, targets, weight),
         grad if scalar else layout.per_element(grad),
         dx,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import triton
 from torch import Tensor
 
 from . import _autograd, _checks, _dispatch
@@ -237,7 +236,7 @@ def _launch_fwd(boxes1: Tensor, boxes2: Tensor, offset: int, kind: str, eps: flo
         return out
     n, m = out.shape[-2:]
     settings = (FWD if kind in PLAIN else PENALTY_FWD).on(boxes1)
-    tiles = triton.cdiv(n, settings["BLOCK_N"]) * triton.cdiv(m, settings["BLOCK_M"])
+    tiles = _dispatch.cdiv(n, settings["BLOCK_N"]) * _dispatch.cdiv(m, settings["BLOCK_M"])
     _dispatch.launch(
         box_iou_fwd_kernel,
         (out.numel() // (n * m) * tiles,),
@@ -270,10 +269,10 @@ def _launch_bwd(
     settings = dict((BWD if kind in PLAIN else PENALTY_BWD).on(own))
     wanted = settings.pop("programs")
     grad = grad.reshape(-1, n, m)
-    programs = grad.shape[0] * triton.cdiv(n, settings["BLOCK_N"])
-    blocks = triton.cdiv(m, settings["BLOCK_M"])
-    per_split = triton.cdiv(blocks, min(blocks, triton.cdiv(wanted, programs)))
-    splits = triton.cdiv(blocks, per_split)
+    programs = grad.shape[0] * _dispatch.cdiv(n, settings["BLOCK_N"])
+    blocks = _dispatch.cdiv(m, settings["BLOCK_M"])
+    per_split = _dispatch.cdiv(blocks, min(blocks, _dispatch.cdiv(wanted, programs)))
+    splits = _dispatch.cdiv(blocks, per_split)
     dtype = _dispatch.compute_dtype(own.dtype)
     partial = own.new_empty((splits, *own.shape), dtype=dtype)
     kernel, options = box_iou_penalty_bwd_kernel, {"KIND": kind, "EPS": eps}

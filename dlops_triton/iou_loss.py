@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import triton
 from torch import Tensor
 
 from . import _autograd, _checks, _dispatch
@@ -178,7 +177,7 @@ def _launch_fwd(boxes1: Tensor, boxes2: Tensor, kind: str, reduction: str, eps: 
     if n == 0:
         return loss.zero_()
     settings = FWD.on(boxes1)
-    programs = triton.cdiv(n, settings["BLOCK"])
+    programs = _dispatch.cdiv(n, settings["BLOCK"])
     reduces = reduction != "none"
     out = loss.new_empty(1 + programs) if reduces else loss
     _dispatch.launch(
@@ -216,7 +215,7 @@ def _launch_bwd(
     grad = grad.reshape(-1)
     _dispatch.launch(
         iou_loss_bwd_kernel,
-        (triton.cdiv(n, settings["BLOCK"]),),
+        (_dispatch.cdiv(n, settings["BLOCK"]),),
         grad,
         boxes1.contiguous(),
         boxes2.contiguous(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 
 from . import _checks, _dispatch
@@ -155,7 +154,7 @@ def _launch(
     settings = MATCH.on(anchors)
     _dispatch.launch(
         match_kernel,
-        (batch * triton.cdiv(n, settings["BLOCK_N"]),),
+        (batch * _dispatch.cdiv(n, settings["BLOCK_N"]),),
         anchors,
         gt,
         gt_valid,
@@ -174,7 +173,7 @@ def _launch(
         settings = LOW_QUALITY.on(anchors)
         _dispatch.launch(
             match_low_quality_kernel,
-            (batch * triton.cdiv(n, settings["BLOCK_N"]),),
+            (batch * _dispatch.cdiv(n, settings["BLOCK_N"]),),
             anchors,
             gt,
             gt_valid,

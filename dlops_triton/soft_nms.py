@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 
 from . import _checks, _dispatch
@@ -152,7 +151,7 @@ def _run(
     iou_threshold, sigma, score_threshold, method, offset, max_output = options
     images, n = scores.shape
     settings = dict(SOFT.on(boxes))
-    size = min(settings["SIZE"], max(32, triton.next_power_of_2(n)))
+    size = min(settings["SIZE"], max(32, _dispatch.next_power_of_2(n)))
     lowest = float(np.float32(np.clip(score_threshold, 0, np.finfo(np.float32).max)))
     # What torch makes of it keeps its layout, on which the kernel relies.
     state = scores.to(_dispatch.compute_dtype(scores.dtype)).contiguous()
@@ -166,7 +165,7 @@ def _run(
     if idxs is not None:
         ids, order = torch.sort(idxs.contiguous(), stable=True)
         order = order.int()
-        programs = images * triton.cdiv(n, settings["CHUNK"])
+        programs = images * _dispatch.cdiv(n, settings["CHUNK"])
     _dispatch.launch(
         soft_nms_kernel,
         (programs,),

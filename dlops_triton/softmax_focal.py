@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import triton
 from torch import Tensor
 
 from . import _autograd, _checks, _dispatch, _losses
@@ -261,10 +260,10 @@ def _launch(
     else:
         kernel = softmax_focal_kernel
         settings["BLOCK"] = block = 1 << (min(classes, _MOST // 2).bit_length() - 1)
-        settings["REST"] = triton.next_power_of_2(classes - block) if classes > block else 0
+        settings["REST"] = _dispatch.next_power_of_2(classes - block) if classes > block else 0
         rows = 4096 // block
     num_rows = layout.inner if columns else layout.outer
-    grid = (triton.cdiv(num_rows, rows) * (layout.outer if columns else 1),)
+    grid = (_dispatch.cdiv(num_rows, rows) * (layout.outer if columns else 1),)
     in_order = loss.permute(layout.rows) if with_loss and not reduce else None
     out: Tensor | None = loss.new_empty(1 + grid[0]) if reduce else in_order
     if in_order is not None and not in_order.is_contiguous():
