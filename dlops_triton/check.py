@@ -169,10 +169,11 @@ def check(todo: Sequence[Run], ops: Sequence[str], progress: Progress) -> list[J
 def _work(run: Run, ops: list[str], said: queue.Queue[Json]) -> None:
     """Have ops run in a process of their own, and in another one after each that ends it."""
     while ops:
-        ready = False
+        ready, status = False, 0
         with tempfile.TemporaryFile() as errors:
             for message in _messages(run, ops, errors):
-                ready = True
+                ready = ready or "ready" in message
+                status = message.get("ended", 0)
                 if op := message.get("op"):
                     said.put(_result(run, op, message["dtypes"]))
                     ops = ops[1:]
@@ -180,7 +181,8 @@ def _work(run: Run, ops: list[str], said: queue.Queue[Json]) -> None:
             lines = errors.read().decode(errors="replace").strip().splitlines() or ["no word"]
         # One that does not even start will not start for the others.
         for op in ops[:1] if ready else ops:
-            said.put(_result(run, op, {}, f"the process that ran it ended: {lines[-1]}"))
+            ended = f"the process that ran it ended with status {status}: {lines[-1]}"
+            said.put(_result(run, op, {}, ended))
         ops = ops[1:] if ready else []
 
 
@@ -202,9 +204,10 @@ def _messages(run: Run, ops: Sequence[str], errors: Any) -> Iterator[Json]:
             line = process.stdout.readline()
             timer.cancel()
             if not line:
-                return
+                break
             with contextlib.suppress(ValueError):  # the half line of a process that was ended
                 yield json.loads(line)
+        yield {"ended": process.wait()}
 
 
 def _end(process: subprocess.Popen[bytes], errors: Any) -> None:
