@@ -1,6 +1,7 @@
 # make demo    train a digit detector with the library's ops, and see what it finds
 # make test    the whole test suite
-# make check   what CI runs: tests, linters, types, the wheel, the demo's quick forms
+# make check   what CI runs: tests, linters, types, the wheel, the oldest Triton, the demo's quick forms
+# make oldest  every kernel compiled with the oldest Triton that pyproject.toml admits
 # make gpu-check   all that a GPU can say, in nine minutes: tests, compute-sanitizer, figures
 #
 # VENV=        use the present environment, install nothing (no network needed)
@@ -15,7 +16,7 @@ PYTHON ?= python3
 RUN := PYTHONPATH=. $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 WORKERS ?= auto
 
-.PHONY: demo test lint types wheel check gpu-check clean FORCE
+.PHONY: demo test lint types wheel oldest check gpu-check clean FORCE
 
 demo: $(if $(VENV),$(VENV)/demo.installed)
 	$(RUN) examples/digits_detector.py $(ARGS)
@@ -33,7 +34,10 @@ types: $(if $(VENV),$(VENV)/dev.installed)
 wheel: $(if $(VENV),$(VENV)/dev.installed)
 	$(RUN) tests/tools/check_wheel.py
 
-check: test lint types wheel
+oldest: $(if $(VENV),$(VENV)/test.installed)
+	$(RUN) -m tests.tools.oldest
+
+check: test lint types wheel oldest
 	$(MAKE) demo ARGS="--quick --out runs/quick"
 	$(MAKE) demo ARGS="--loss all --quick --steps 20 --out runs/losses"
 	$(MAKE) demo ARGS="--nms all --quick --steps 20 --out runs/nms"

@@ -12,11 +12,11 @@ def lacking() -> str:
     """Why the library cannot be imported here, with what to do about it; empty if it can."""
     try:
         import torch  # noqa: F401
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # the latter where a library is missing
         return f"dlops_triton needs torch, and it does not import ({error}): pip install torch"
     try:
         import triton
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # the latter where a library is missing
         return (
             f"dlops_triton needs Triton, also on machines without a GPU, and it does not import "
             f"({error}): pip install triton (there are packages for Linux)"
