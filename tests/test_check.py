@@ -42,7 +42,8 @@ def test_this_machine_passes() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     said = json.loads(done.stdout)
     assert said["ok"]
-    assert said["seconds"] < 60
+    # On a GPU nothing is compiled yet, and the other tests compile beside it.
+    assert said["seconds"] < (180 if torch.cuda.is_available() else 60)
     assert "\r" not in done.stderr
     assert said["torch"] == torch.__version__
     assert said["dlops_triton"] == dlops_triton.__version__
