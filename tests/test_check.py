@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -38,12 +39,16 @@ def test_every_op_has_a_case() -> None:
 
 def test_this_machine_passes() -> None:
     """In JSON, which has all that the table has; the rest of this file looks at the table."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = run("check", "--json")
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
     assert done.returncode == 0, done.stdout + done.stderr
     said = json.loads(done.stdout)
     assert said["ok"]
-    # On a GPU nothing is compiled yet, and the other tests compile beside it.
-    assert said["seconds"] < (180 if torch.cuda.is_available() else 60)
+    # Under a minute, where nothing else keeps the processor; on a GPU there is all to compile, in
+    # several processes.
+    assert seconds < (240 if torch.cuda.is_available() else 60)
+    assert 0 < said["seconds"]
     assert "\r" not in done.stderr
     assert said["torch"] == torch.__version__
     assert said["dlops_triton"] == dlops_triton.__version__
