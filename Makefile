@@ -1,7 +1,9 @@
 # make demo    train a digit detector with the library's ops, and see what it finds
 # make test    the whole test suite
 # make docs    the documentation, in site/; whatever it would warn of is an error
-# make check   what CI runs: tests, linters, types, wheel, documentation, the demo's quick forms
+# make peers   with torchvision and mmdet, each with and without these ops (downloads gigabytes)
+# make oldest  every kernel compiled with the oldest Triton that pyproject.toml admits
+# make check   what CI runs: tests, linters, types, packages, documentation, the demo's quick forms
 # make gpu-check   all that a GPU can say, in nine minutes: tests, compute-sanitizer, figures
 #
 # VENV=        use the present environment, install nothing (no network needed)
@@ -11,12 +13,13 @@
 # COMMIT=...   what the GPU check records as the commit, in a copy without git
 
 VENV ?= .venv
+PEERS ?= .venv-peers
 TORCH ?= $(shell cat constraints.txt)
 PYTHON ?= python3
 RUN := PYTHONPATH=. $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 WORKERS ?= auto
 
-.PHONY: demo test lint types wheel docs check gpu-check clean FORCE
+.PHONY: demo test lint types wheel docs oldest peers check gpu-check clean FORCE
 
 demo: $(if $(VENV),$(VENV)/demo.installed)
 	$(RUN) examples/digits_detector.py $(ARGS)
@@ -37,7 +40,18 @@ wheel: $(if $(VENV),$(VENV)/dev.installed)
 docs: $(if $(VENV),$(VENV)/docs.installed)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
-check: test lint types wheel docs
+oldest: $(if $(VENV),$(VENV)/test.installed)
+	$(RUN) -m tests.tools.oldest
+
+peers: $(PEERS)/installed
+	PYTHONPATH=. $(PEERS)/bin/python -m pytest tests/test_peers.py -q -rs $(ARGS)
+
+$(PEERS)/installed: pyproject.toml
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet torchvision mmcv-lite==2.1.0 mmdet==3.3.0 -e '.[test]'
+	touch $@
+
+check: test lint types wheel docs oldest
 	$(MAKE) demo ARGS="--quick --out runs/quick"
 	$(MAKE) demo ARGS="--loss all --quick --steps 20 --out runs/losses"
 	$(MAKE) demo ARGS="--nms all --quick --steps 20 --out runs/nms"
@@ -60,4 +74,4 @@ $(VENV)/constraints.txt: FORCE
 FORCE:
 
 clean:
-	rm -rf $(VENV) build dist runs site *.egg-info
+	rm -rf $(VENV) $(PEERS) build dist runs site *.egg-info

@@ -1,5 +1,6 @@
 """Detection and recognition kernels in Triton, as drop-in torch functions."""
 
+from . import _installation  # first, for it says what is lacking  # noqa: F401
 from ._dispatch import implementation
 from .deform import deform_conv2d, deform_sample
 from .focal import sigmoid_focal_loss

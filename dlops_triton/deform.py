@@ -121,7 +121,8 @@ def deform_conv2d(
     geometry = check_geometry(kernel_size, stride, padding, dilation)
     _check(input, offset, mask, geometry)
     kind = input.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    # "meta" has no autocast; to ask torch what has breaks the graph of torch.compile in torch 2.10.
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         input, weight, bias = (_autocast(t, kind) for t in (input, weight, bias))
     _check_weight(input, weight, bias)
     x = input.contiguous(memory_format=torch.channels_last)

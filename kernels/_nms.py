@@ -52,6 +52,7 @@ def decision(threshold):
     scaled instead of U; every box, that is, but those of area 0, inf or NaN, which decide nothing.
     If t is subnormal, its lowest bit set, a quotient half way is rounded up.
     """
+    threshold = tl.cast(threshold, tl.float32)  # in the interpreter it is a Python number
     bits = threshold.to(tl.int32, bitcast=True)
     exponent = bits >> 23
     is_small = exponent < 27

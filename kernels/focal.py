@@ -229,7 +229,7 @@ def _negative_block(
 @triton.jit
 def _factor(divisor_ptr, scale, ACC: tl.constexpr):
     """What the loss and its gradient are multiplied by."""
-    factor = scale.to(ACC)
+    factor = tl.cast(scale, ACC)  # in the interpreter it is a Python number
     if divisor_ptr is not None:
         factor /= tl.load(divisor_ptr).to(ACC)
     return factor

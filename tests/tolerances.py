@@ -1,4 +1,4 @@
-"""The one table of tolerances. Exact answers are compared exactly, elsewhere."""
+"""Comparison by the one table of tolerances. Exact answers are compared exactly, elsewhere."""
 
 from __future__ import annotations
 
@@ -9,22 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-# Relative error of one elementwise result: one rounding in the halves, and in fp32 what a GPU's
-# approximate exp, log and division leave.
-RTOL = {
-    torch.float64: 1e-12,
-    torch.float32: 2e-5,
-    torch.float16: 1e-3,
-    torch.bfloat16: 8e-3,
-}
-
-# Results this small are denormal: rounded to a fixed step, or flushed to zero.
-SMALLEST = {
-    torch.float64: 2.3e-308,
-    torch.float32: 1.2e-38,
-    torch.float16: 6e-8,
-    torch.bfloat16: 1.2e-38,
-}
+from dlops_triton._check_run import RTOL, SMALLEST
 
 
 def assert_close(
