@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -224,7 +225,7 @@ class Detector(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
-def test_scripted_models_call_back(device: torch.device) -> None:
+def test_scripted_models_call_back(device: torch.device, tmp_path: Path) -> None:
     a, scores = boxes(9, device), torch.rand(9, device=device)
     x = torch.randn(3, 4, device=device)
     offset = torch.zeros(1, 2, 3, 4, device=device)
@@ -235,7 +236,7 @@ def test_scripted_models_call_back(device: torch.device) -> None:
     assert torch.equal(torch.jit.script(tv.box_iou)(a, a), tv.box_iou(a, a))
     assert torch.equal(torch.jit.script(tv.nms)(a, scores, 0.5), tv.nms(a, scores, 0.5))
     with pytest.raises(RuntimeError, match="Could not export Python function"):
-        scripted.save("never-written.pt")
+        scripted.save(tmp_path / "model.pt")
 
 
 @pytest.mark.filterwarnings("default")
