@@ -72,11 +72,30 @@ def test_dtypes_of_losses_are_torchvisions(device: torch.device, dtype: torch.dt
         assert function(a, b).shape == (4, 4)
 
 
+def test_dtypes_of_focal_loss_are_promoted(device: torch.device) -> None:
+    """A half-precision model under autocast: torchvision's sum is fp32, which does not overflow."""
+    x = torch.full((300, 300), 6.0, device=device, dtype=torch.half)
+    t = torch.zeros_like(x)
+    for gamma in (0, 2):
+        for reduction in ("none", "mean", "sum"):
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                loss = tv.sigmoid_focal_loss(x, t, gamma=gamma, reduction=reduction)
+            want = tv.sigmoid_focal_loss(x.float(), t.float(), gamma=gamma, reduction=reduction)
+            assert loss.dtype == torch.float32
+            torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+            for dtype in (torch.float32, torch.float64):
+                of_target = tv.sigmoid_focal_loss(x, t.to(dtype), 0.25, gamma, reduction)
+                assert of_target.dtype == dtype
+                torch.testing.assert_close(of_target, want.to(dtype), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 def test_integer_boxes(device: torch.device, dtype: torch.dtype) -> None:
     a = boxes(6, device).to(dtype)
     got, want = tv.box_iou(a, a), dlops_triton.box_iou(a.double(), a.double())
     assert torch.equal(got, want.float())
+    assert torch.equal(tv.box_iou(a, a.float()), got)
+    assert tv.box_iou(a.half(), a).dtype == torch.float32
     same = tv.distance_box_iou_loss(a, a)
     assert torch.equal(same, dlops_triton.distance_box_iou_loss(a.float(), a.float()))
     if dtype == torch.int64:  # areas that fp32 does not hold
@@ -121,6 +140,7 @@ def test_focal_loss_is_torchvisions_formula(device: torch.device) -> None:
                     rtol=1e-9,
                     atol=1e-12,
                 )
+    assert torch.equal(tv.sigmoid_focal_loss(x[0, 0], t[0, 0]), tv.sigmoid_focal_loss(x, t)[0, 0])
     hard = tv.sigmoid_focal_loss(x.float(), t > 0.5)
     assert torch.equal(hard, tv.sigmoid_focal_loss(x.float(), (t > 0.5).long()))
 
@@ -158,6 +178,7 @@ def test_nms_takes_what_torchvision_takes(device: torch.device) -> None:
     a, scores = boxes(40, device), torch.rand(40, device=device)
     want = dlops_triton.nms(a, scores, 0.3)
     assert torch.equal(tv.nms(a, scores, 0.3), want)
+    assert torch.equal(tv.nms(a, scores, torch.tensor(0.3)), want)  # type: ignore[arg-type]
     assert torch.equal(tv.nms(a, scores, 1.5), scores.argsort(descending=True, stable=True))
     assert tv.batched_nms(a[:0], None, None, None).shape == (0,)  # type: ignore[arg-type]
     classes = torch.arange(40, device=device) % 3
