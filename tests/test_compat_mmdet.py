@@ -81,6 +81,7 @@ def test_focal_loss(device: torch.device) -> None:
             (rows[:, None], rows[:, None]),
             (elements, elements),
             (elements.flatten(), elements),
+            (rows > 0.5, (rows > 0.5)[:, None].float()),
         ):
             want = (each * factor).sum()
             loss = mmdet.FocalLoss(loss_weight=2.0)
@@ -111,6 +112,10 @@ def test_ghm(device: torch.device) -> None:
     regress = mmdet.GHMR().to(device)
     want = dlops_triton.ghmr_loss(deltas, wanted, weights)
     assert torch.equal(regress(deltas, wanted, weights, avg_factor=7.0), want)
+    # What a half-precision prediction is compared with is not rounded.
+    far = (deltas * 100).half()
+    exact = regress(far.float(), deltas * 100, weights)
+    torch.testing.assert_close(regress(far, deltas * 100, weights), exact)
     assert list(mmdet.GHMC(momentum=0.75).state_dict()) == ["edges", "acc_sum"]
 
 
@@ -129,6 +134,10 @@ def test_box_losses(device: torch.device, kind: str) -> None:
         torch.testing.assert_close(function(a, b, value, "sum"), want)
         torch.testing.assert_close(function(a, b, value, "none"), each * factor)
         torch.testing.assert_close(module(a, b, value, avg_factor=5), 2 * want / 5)
+    # What a half-precision prediction is compared with is not rounded.
+    far, near = a.detach() + 1000, b + 1000.3
+    got = function(far.bfloat16(), near, reduction="none")
+    torch.testing.assert_close(got, function(far.bfloat16().float(), near, reduction="none"))
     four = weight[:, None].expand(9, 4)
     torch.testing.assert_close(module(a, b, four), module(a, b, weight))
     module(a, b, weight * 0, avg_factor=torch.zeros((), device=device)).backward()
@@ -152,6 +161,11 @@ def test_bbox_overlaps(device: torch.device) -> None:
         assert mmdet.bbox_overlaps(a.expand(2, 6, 4), b.expand(2, 5, 4), mode).shape == (2, 6, 5)
         assert mmdet.bbox_overlaps(a.half(), b.half(), mode).dtype == torch.half
         assert mmdet.bbox_overlaps(a[:5].half(), b.half(), mode, True).dtype == torch.half
+        for aligned in (False, True):  # integers
+            whole = mmdet.bbox_overlaps(a[:5].long(), b.long(), mode, aligned)
+            assert torch.equal(
+                whole, mmdet.bbox_overlaps(a[:5].long().float(), b.long().float(), mode, aligned)
+            )
     with pytest.raises(ValueError, match="mode must be one of"):
         mmdet.bbox_overlaps(a, b, "diou")
     with pytest.raises(ValueError, match="as many boxes where they are aligned"):
@@ -215,6 +229,10 @@ def test_assigner(device: torch.device, ignore: str | None, negative: Any) -> No
     assert torch.equal(found.max_overlaps, overlaps.amax(0))
     assert found.labels.tolist() == [-1 if i <= 0 else 10 * (i - 1) for i in want]
     assert found.num_gts == 5
+    with_score = SimpleNamespace(priors=torch.cat([priors, priors[:, :1]], 1))
+    five = SimpleNamespace(bboxes=torch.cat([gt, gt[:, :1]], 1), labels=labels)
+    again = assigner.assign(with_score, five, SimpleNamespace(bboxes=regions))
+    assert torch.equal(again.gt_inds, found.gt_inds)
     nothing = SimpleNamespace(bboxes=gt[:0], labels=labels[:0])
     found = assigner.assign(SimpleNamespace(priors=priors), nothing)
     assert not found.gt_inds.any()

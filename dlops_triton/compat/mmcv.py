@@ -141,8 +141,9 @@ def batched_nms(
         scores: [N].
         idxs: [N] class of each box, any dtype.
         nms_cfg: None: nothing is suppressed, the boxes are sorted. Else ``type``, "nms" (the
-            default) or "soft_nms"; ``class_agnostic``, which goes before the argument; ``max_num``;
-            ``split_thr``, which is not needed and not used; and the arguments of the type.
+            default), "soft_nms", or the function; ``class_agnostic``, which goes before the
+            argument; ``max_num``; ``split_thr``, which is not needed and not used; and the
+            arguments of the type.
         class_agnostic: boxes of different classes suppress one another as well.
 
     Returns:
@@ -162,8 +163,8 @@ def batched_nms(
     options = dict(nms_cfg)
     class_agnostic = options.pop("class_agnostic", class_agnostic)
     options.pop("split_thr", None)
-    kind = options.pop("type", "nms")
-    kind = kind if isinstance(kind, str) else getattr(kind, "__name__", kind)
+    kind = nms_type(nms_cfg)
+    options.pop("type", None)
     classes = None if class_agnostic else class_ids(idxs)
     if kind == "nms":
         keep = _hard(boxes, scores, classes, **options)
@@ -173,6 +174,14 @@ def batched_nms(
     else:
         raise ValueError(f"nms_cfg['type'] must be 'nms' or 'soft_nms', got {kind!r}")
     return torch.cat((boxes[keep], scores[:, None]), -1), keep
+
+
+def nms_type(nms_cfg: Mapping[str, Any]) -> Any:
+    """The type that a config asks for; of mmcv's functions and of those here the name."""
+    kind = nms_cfg.get("type", "nms")
+    # Not of what only has a name of theirs.
+    known = getattr(kind, "__module__", None) in ("mmcv.ops.nms", __name__)
+    return getattr(kind, "__name__", kind) if known else kind
 
 
 @renamed(iou_thr="iou_threshold")
