@@ -160,6 +160,12 @@ def test_bbox_overlaps(device: torch.device, dtype: torch.dtype) -> None:
     for aligned in (False, True):
         assert mmcv.bbox_overlaps(point, point, aligned=aligned).sum() == 0
         assert mmcv.bbox_overlaps(b, b, "iof", aligned).dtype == dtype
+        with pytest.raises(
+            TypeError, match=r"boxes1 must have one of the dtypes .* got torch\.int64"
+        ):
+            mmcv.bbox_overlaps(b.long(), b.long(), aligned=aligned)
+        with pytest.raises(ValueError, match=r"offset must be one of 0, 1, got 0\.5"):
+            mmcv.bbox_overlaps(b, b, aligned=aligned, offset=0.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
@@ -261,6 +267,10 @@ def test_soft_nms_is_mmcvs_loop(device: torch.device, method: str) -> None:
     assert len(inds) == 1  # the first box is not compared with min_score
     with pytest.raises(ValueError, match="method must be one of 'naive', 'linear', 'gaussian'"):
         mmcv.soft_nms(grid, scores, method="hard")
+    with pytest.raises(ValueError, match=r"min_score must be at least 0 and finite, got -1\.0"):
+        mmcv.soft_nms(grid, scores, min_score=-1.0)
+    with pytest.raises(ValueError, match=r"iou_threshold must be in \[0, 1\], got 2"):
+        mmcv.soft_nms(grid, scores, 2)
 
 
 def test_nms_options(device: torch.device) -> None:
@@ -326,6 +336,12 @@ def test_focal_conventions(device: torch.device) -> None:
     p = x.softmax(1)[range(3), range(3)]
     torch.testing.assert_close(each[:3], -0.25 * weight * (1 - p) ** 2 * p.log())
     torch.testing.assert_close(mmcv.softmax_focal_loss(x, y, weight=weight), each.sum() / 6)
+    for function in (mmcv.sigmoid_focal_loss, mmcv.softmax_focal_loss):
+        for bad in (weight[:2], torch.ones(6, device=device), each):
+            with pytest.raises(ValueError, match=r"weight must have shape \(3,\), one per class"):
+                function(x, y, 2.0, 0.25, bad)
+        with pytest.raises(ValueError, match=r"input must have shape \[N, C\], got \(3,\)"):
+            function(x[0], y, 2.0, 0.25, weight)
     module = mmcv.SigmoidFocalLoss(2.0, 0.25, weight)
     assert list(module.state_dict()) == ["weight"]
     assert repr(module) == "SigmoidFocalLoss(gamma=2.0, alpha=0.25, reduction=mean)"
@@ -353,6 +369,13 @@ def test_deform_layers(device: torch.device) -> None:
         mmcv.deform_conv2d(x, offset, layer.weight, 1, 1, 1, 2, 1)
     with pytest.raises(ValueError, match="groups must agree with weight of shape"):
         mmcv.deform_conv2d(x, offset, layer.weight, 1, 1, 1, 1, 2)
+    with pytest.raises(ValueError, match="must have four dimensions, got shapes"):
+        mmcv.deform_conv2d(x, offset, layer.weight[0])
+    packs = mmcv.DeformConv2dPack(4, 4, 3), mmcv.ModulatedDeformConv2dPack(4, 4, 3)
+    for pack, draw in zip(packs, ("init_offset", "init_weights"), strict=True):
+        torch.nn.init.ones_(pack.conv_offset.weight)
+        getattr(pack, draw)()
+        assert not pack.conv_offset.weight.any()
     with pytest.raises(ValueError, match="bias must be False"):
         mmcv.DeformConv2d(4, 6, 3, bias=True)
     with pytest.warns(DeprecationWarning, match="deformable_groups is called deform_groups now"):
