@@ -40,8 +40,12 @@ class FocalSum(torch.autograd.Function):
         divisor: Tensor | None,
         scale: float,
         wants_gradient: bool,
-        *tensors: Tensor,
+        first: Tensor,
+        *others: Tensor,
     ) -> Tensor:
+        # ``first`` because torch.compile, where nothing needs a gradient, takes ctx for an argument
+        # too many if without it there are as many arguments as parameters.
+        tensors = first, *others
         ctx.save_for_backward(divisor, *tensors)
         ctx.options, ctx.scale = options, scale
         inputs, labels = _halves(tensors)

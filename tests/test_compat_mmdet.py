@@ -102,6 +102,17 @@ def test_focal_loss(device: torch.device) -> None:
         mmdet.FocalLoss(activated=True)
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("grad", [True, False])
+def test_focal_loss_compiles(device: torch.device, grad: bool) -> None:
+    """Also in validation, where nothing needs a gradient."""
+    x = torch.randn(5, 4, device=device, requires_grad=grad)
+    y = torch.arange(5, device=device)
+    loss = mmdet.FocalLoss()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, y), loss(x, y))
+
+
 def test_ghm(device: torch.device) -> None:
     x, y = torch.randn(40, 5, device=device), torch.randint(0, 6, (40,), device=device)
     used = (torch.rand(40, device=device) > 0.3).float()
