@@ -156,6 +156,7 @@ def test_bbox_overlaps(device: torch.device, dtype: torch.dtype) -> None:
     empty = torch.tensor([], device=device)
     assert mmcv.bbox_overlaps(empty, b).shape == (0, 4)
     assert mmcv.bbox_overlaps(b, empty).shape == (4, 0)
+    assert mmcv.bbox_overlaps(empty, empty, aligned=True).shape == (0,)
     point = of([[2, 2, 2, 2]])
     for aligned in (False, True):
         assert mmcv.bbox_overlaps(point, point, aligned=aligned).sum() == 0
@@ -273,6 +274,12 @@ def test_soft_nms_is_mmcvs_loop(device: torch.device, method: str) -> None:
         mmcv.soft_nms(grid, scores, 2)
 
 
+def test_a_score_of_exactly_min_score_stays() -> None:
+    apart = torch.tensor([[0.0, 0, 1, 1], [2, 2, 3, 3], [4, 4, 5, 5]])
+    scores = torch.tensor([0.9, 0.3, 0.3 - 2**-25])
+    assert mmcv.soft_nms(apart, scores, min_score=0.3)[1].tolist() == [0, 1]
+
+
 def test_nms_options(device: torch.device) -> None:
     a, scores = boxes(40, device), torch.rand(40, device=device)
     inds = mmcv.nms(a, scores, 0.3, 1, 0.2, 5)[1]
@@ -320,11 +327,11 @@ def test_focal_conventions(device: torch.device) -> None:
     """The mean is over N; a class weight multiplies the row of its label; others are background."""
     x = torch.randn(6, 3, device=device)
     y = torch.tensor([0, 1, 2, 3, -1, -100], device=device)
-    weight = torch.tensor([1.0, 2, 3], device=device)
+    weight = torch.tensor([1.0, 2, 4], device=device)
     each = mmcv.sigmoid_focal_loss(x, y, 2.0, 0.25, None, "none")
     assert torch.equal(each, dlops_triton.sigmoid_focal_loss(x, y.clamp(min=-1)))
     weighted = mmcv.sigmoid_focal_loss(x, y, 2.0, 0.25, weight, "none")
-    row = torch.tensor([[1.0], [2], [3], [1], [1], [1]], device=device)
+    row = torch.tensor([[1.0], [2], [4], [1], [1], [1]], device=device)
     torch.testing.assert_close(weighted, each * row)
     for value, total in ((None, each), (weight, weighted)):
         for reduction, divisor in (("mean", 6), ("sum", 1)):
@@ -337,6 +344,7 @@ def test_focal_conventions(device: torch.device) -> None:
     torch.testing.assert_close(each[:3], -0.25 * weight * (1 - p) ** 2 * p.log())
     torch.testing.assert_close(mmcv.softmax_focal_loss(x, y, weight=weight), each.sum() / 6)
     for function in (mmcv.sigmoid_focal_loss, mmcv.softmax_focal_loss):
+        assert function(x[:0], y[:0]) == 0
         for bad in (weight[:2], torch.ones(6, device=device), each):
             with pytest.raises(ValueError, match=r"weight must have shape \(3,\), one per class"):
                 function(x, y, 2.0, 0.25, bad)
