@@ -23,7 +23,7 @@ FAMILIES = {file.stem for file in (ROOT / "kernels").glob("[a-z]*.py")}
 OPS = {
     name
     for name in dlops_triton.__all__
-    if getattr(dlops_triton, name).__module__.rpartition(".")[2] in FAMILIES
+    if getattr(getattr(dlops_triton, name), "__module__", "").rpartition(".")[2] in FAMILIES
 }
 
 
