@@ -1,5 +1,6 @@
 """Detection and recognition kernels in Triton, as drop-in torch functions."""
 
+from . import _scripting
 from ._dispatch import implementation
 from .deform import deform_conv2d, deform_sample
 from .focal import sigmoid_focal_loss
@@ -39,3 +40,6 @@ __all__ = [
     "soft_nms_padded",
     "softmax_focal_loss",
 ]
+
+for _name in __all__:
+    vars()[_name].__prepare_scriptable__ = _scripting.refused(f"dlops_triton.{_name}")

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import _autograd, _checks, _dispatch, _losses
+from . import _autograd, _checks, _dispatch, _losses, _vmap
 from ._focal_sum import FocalSum
 from ._settings import Settings
 from .kernels.focal import NONE, PER_ELEMENT, PER_ROW, focal_bwd_kernel, focal_fwd_kernel
@@ -108,18 +108,19 @@ def sigmoid_focal_loss(
         and all(t.dtype in _checks.INTEGERS for t in labels)
         and logits[0].shape[-1] <= _MOST_CLASSES
     ):
-        gradient = torch.is_grad_enabled() and any(x.requires_grad for x in logits)
+        early = _losses.gradient_with_loss(logits[0].dtype)
+        gradient = early and torch.is_grad_enabled() and any(x.requires_grad for x in logits)
         # Folded into the gradient, where that comes with the loss; autograd does it otherwise.
-        if divisor is not None and _losses.gradient_with_loss(logits[0].dtype):
+        if divisor is not None and early:
             on_device = isinstance(divisor, Tensor)
             tensor, scale = (divisor, 1.0) if on_device else (None, 1 / divisor)
             divisor = None
         else:
             tensor, scale = None, 1.0
-        loss = FocalSum.apply(options, tensor, scale, gradient, *logits, *labels)  # type: ignore[no-untyped-call]
+        loss = FocalSum.apply(options, tensor, scale, gradient, *logits, *labels)
     else:
         losses = [
-            _SigmoidFocal.apply(x, t, w, *options, float(label_smoothing), reduction != "none")  # type: ignore[no-untyped-call]
+            _SigmoidFocal.apply(x, t, w, *options, float(label_smoothing), reduction != "none")
             for x, t, w in zip(logits, labels, weights, strict=True)
         ]
         if reduction == "none":
@@ -192,22 +193,18 @@ def _check(inputs: Tensor, targets: Tensor, weight: Tensor | None, at: str = "")
             raise ValueError(f"{name}{at} must not require a gradient (it gets none): detach it")
 
 
-class _SigmoidFocal(torch.autograd.Function):
+class _SigmoidFocal(_autograd.Function):
+    """``apply(inputs, targets, weight, alpha, gamma, ignore_index, label_smoothing, reduce)``."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        inputs: Tensor,
-        targets: Tensor,
-        weight: Tensor | None,
-        alpha: float | None,
-        gamma: float,
-        ignore_index: int,
-        label_smoothing: float,
-        reduce: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(inputs, targets, weight)
-        ctx.options = (alpha, gamma, ignore_index, label_smoothing)
-        return _fwd(inputs, targets, weight, *ctx.options, reduce)
+    def keep(ctx: Any, *args: Any) -> None:
+        ctx.save_for_backward(*args[:3])
+        ctx.options = args[3:-1]
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        _SigmoidFocal.keep(ctx, *args)
+        return _fwd(*args)
 
     @staticmethod
     @_autograd.once_differentiable("sigmoid_focal_loss")
@@ -385,6 +382,7 @@ _fwd = _dispatch.register(
     _launch_fwd,
     _reference_fwd,
     lambda inputs, *others: _alloc_loss(inputs, reduce=others[-1]),
+    vmap=_vmap.leading(3, lambda first, *others: not others[-1]),
 )
 _bwd = _dispatch.register(
     "focal_bwd(Tensor grad, Tensor inputs, Tensor targets, Tensor? weight, float? alpha, "
@@ -392,4 +390,6 @@ _bwd = _dispatch.register(
     _launch_bwd,
     _reference_bwd,
     lambda grad, inputs, *_: torch.empty_like(inputs),
+    # Of a loss that is reduced the gradient has no dimensions.
+    vmap=_vmap.leading(4, lambda first, *_: first[0].shape == first[1].shape),
 )

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _losses
 from ._ghm import Ghm
 from ._ghm_table import (
     averaged_table_from,
@@ -195,8 +195,13 @@ def loss(
             divisor = avg_factor
         else:
             scale /= float(avg_factor)
-    gradient = pred.requires_grad and torch.is_grad_enabled()
-    result: Tensor = Ghm.apply(  # type: ignore[no-untyped-call]
+    gradient = (
+        reduction != "none"
+        and pred.requires_grad
+        and torch.is_grad_enabled()
+        and _losses.gradient_with_loss(pred.dtype)
+    )
+    result: Tensor = Ghm.apply(
         pred, target, label_weight, table, divisor, scale, *kind, reduction != "none",
         gradient,
     )  # fmt: skip

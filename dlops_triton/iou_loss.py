@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 import triton
 from torch import Tensor
 
-from . import _autograd, _checks, _dispatch
+from . import _autograd, _checks, _dispatch, _vmap
 from ._settings import Settings
 from .kernels.iou_loss import iou_loss_bwd_kernel, iou_loss_fwd_kernel
 from .reference import iou_loss as reference
@@ -129,20 +128,20 @@ def _apply(
         )
     _checks.choice("reduction", reduction, ("none", "mean", "sum"))
     _checks.number("eps", eps, 0.0, float("inf"), "at least 0 and finite")
-    loss: Tensor = _IouLoss.apply(  # type: ignore[no-untyped-call]
-        op, boxes1, boxes2, kind, reduction, float(eps)
-    )
+    loss: Tensor = _IouLoss.apply(op, boxes1, boxes2, kind, reduction, float(eps))
     return loss
 
 
-class _IouLoss(torch.autograd.Function):
+class _IouLoss(_autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, op: str, boxes1: Tensor, boxes2: Tensor, kind: str, reduction: str, eps: float
-    ) -> Tensor:
+    def keep(ctx: Any, op: str, boxes1: Tensor, boxes2: Tensor, *options: Any) -> None:
         ctx.save_for_backward(boxes1, boxes2)
-        ctx.op, ctx.options = op, (kind, reduction, eps)
-        return _fwd(boxes1, boxes2, kind, reduction, eps)
+        ctx.op, ctx.options = op, options
+
+    @staticmethod
+    def forward(ctx: Any, op: str, boxes1: Tensor, boxes2: Tensor, *options: Any) -> Tensor:
+        _IouLoss.keep(ctx, op, boxes1, boxes2, *options)
+        return _fwd(boxes1, boxes2, *options)
 
     @staticmethod
     @_autograd.once_differentiable()
@@ -262,11 +261,16 @@ def _reference_bwd(
     ]
 
 
+def _not_reduced(_: Any, kind: str, reduction: str, *others: Any) -> bool:
+    return reduction == "none"
+
+
 _fwd = _dispatch.register(
     "iou_loss_fwd(Tensor boxes1, Tensor boxes2, str kind, str reduction, float eps) -> Tensor",
     _launch_fwd,
     _reference_fwd,
     _alloc_loss,
+    vmap=_vmap.leading(2, _not_reduced),
 )
 _bwd = _dispatch.register(
     "iou_loss_bwd(Tensor grad, Tensor boxes1, Tensor boxes2, str kind, str reduction, float eps, "
@@ -274,4 +278,5 @@ _bwd = _dispatch.register(
     _launch_bwd,
     _reference_bwd,
     _alloc_grads,
+    vmap=_vmap.leading(3, _not_reduced),
 )

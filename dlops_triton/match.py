@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import _checks, _dispatch
+from . import _checks, _dispatch, _vmap
 from ._settings import Settings
 from .kernels.match import match_kernel, match_low_quality_kernel
 from .reference import match as reference
@@ -221,4 +221,5 @@ _match = _dispatch.register(
     _launch,
     _reference,
     _alloc,
+    vmap=_vmap.merged(3),
 )

@@ -90,7 +90,7 @@ def softmax_focal_loss(
     if reduction == "mean":
         divisor = _divisor(avg_factor, inputs, targets, weight, per_class, ignore_index)
     fold = reduction != "none" and _losses.gradient_with_loss(inputs.dtype)
-    loss: Tensor = _SoftmaxFocal.apply(  # type: ignore[no-untyped-call]
+    loss: Tensor = _SoftmaxFocal.apply(
         inputs,
         targets,
         table,
@@ -100,7 +100,7 @@ def softmax_focal_loss(
         int(ignore_index),
         float(label_smoothing),
         reduction != "none",
-        inputs.requires_grad and torch.is_grad_enabled(),
+        fold and inputs.requires_grad and torch.is_grad_enabled(),
     )
     if reduction == "none":
         return loss.reshape(shape)
@@ -181,29 +181,21 @@ def _check(
             raise ValueError(f"{name} must not require a gradient (it gets none): detach it")
 
 
-class _SoftmaxFocal(torch.autograd.Function):
+class _SoftmaxFocal(_autograd.Function):
+    """``apply`` of the five tensors, the three options, whether to reduce, and to find the gradient
+    with the loss."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        inputs: Tensor,
-        targets: Tensor,
-        table: Tensor | None,
-        row_weight: Tensor | None,
-        divisor: Tensor | None,
-        gamma: float,
-        ignore_index: int,
-        label_smoothing: float,
-        reduce: bool,
-        wants_gradient: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(inputs, targets, table, row_weight, divisor)
-        ctx.options = (gamma, ignore_index, label_smoothing)
-        ctx.reduce = reduce
-        with_loss = reduce and wants_gradient and _losses.gradient_with_loss(inputs.dtype)
-        loss, dx = _op(
-            inputs, targets, table, row_weight, divisor, *ctx.options, reduce, True, with_loss
-        )
-        _losses.hold(ctx, [dx] if with_loss else [])
+    def keep(ctx: Any, *args: Any) -> None:
+        ctx.save_for_backward(*args[:5])
+        ctx.options = args[5:8]
+        ctx.reduce, ctx.with_loss = args[8:]
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        _SoftmaxFocal.keep(ctx, *args)
+        loss, dx = _op(*args[:-1], True, args[-1])
+        ctx.gradients = [dx]
         return loss
 
     @staticmethod
