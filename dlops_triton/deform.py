@@ -185,11 +185,16 @@ def _check(input: Tensor, offset: Tensor, mask: Tensor | None, geometry: Geometr
             f"{out[0]} x {out[1]}"
         )
     _checks.tensor("offset", offset)
-    shape = f"[{b}, 2 * G * {taps}, {out[0]}, {out[1]}] for G offset groups"
-    if offset.dim() != 4 or (offset.shape[0], *offset.shape[2:]) != (b, *out):
-        raise ValueError(f"offset must have shape {shape}, got {tuple(offset.shape)}")
-    if offset.shape[1] == 0 or offset.shape[1] % (2 * taps):
-        raise ValueError(f"offset must have shape {shape}, got {tuple(offset.shape)}")
+    if (
+        offset.dim() != 4
+        or (offset.shape[0], *offset.shape[2:]) != (b, *out)
+        or offset.shape[1] == 0
+        or offset.shape[1] % (2 * taps)
+    ):
+        raise ValueError(
+            f"offset must have shape [{b}, 2 * G * {taps}, {out[0]}, {out[1]}] for G offset "
+            f"groups, got {tuple(offset.shape)}"
+        )
     groups = offset.shape[1] // (2 * taps)
     if c % groups:
         raise ValueError(

@@ -141,6 +141,7 @@ def _options(
     return float(iou_threshold), float(sigma), float(score_threshold), method, int(offset)
 
 
+@torch.no_grad()  # the graph of torch.export has no detach
 def _run(
     boxes: Tensor,
     scores: Tensor,
