@@ -50,7 +50,9 @@ def sigmoid_focal_loss(
         inputs: logits [..., C], fp16, bf16, fp32 or fp64, any strides. A head's [N, A * C, H, W],
             viewed as [N, A, C, H, W] and permuted to [N, H, W, A, C], is read in place. Or a list,
             one tensor per level of a feature pyramid: the loss is then that of all rows of all
-            levels, which are not concatenated. ``targets`` and ``weight`` are lists as well.
+            levels, which are not concatenated. ``targets`` and ``weight`` are lists as well. Or a
+            DTensor sharded by rows, and so ``targets`` and ``weight``: the loss is one as well,
+            sharded alike or a partial sum.
         targets: either the shape of ``inputs``, bool or floating point in [0, 1] (soft targets
             follow torchvision's formula, and what lies outside is clamped); or integer labels of
             shape ``inputs.shape[:-1]``, where a label in [0, C) is the positive class,
@@ -86,6 +88,11 @@ def sigmoid_focal_loss(
     the incoming one is 1. In fp16, where a scaled gradient could underflow, and under torch.compile
     backward computes the gradient instead. Logits of half precision have a loss exact to 1e-5.
     """
+    if _checks.distributed(inputs):
+        return _sharded(
+            inputs, targets, weight, avg_factor, reduction, alpha=alpha, gamma=gamma,
+            ignore_index=ignore_index, label_smoothing=label_smoothing,
+        )  # fmt: skip
     levels = isinstance(inputs, (list, tuple))
     logits, labels, weights = _levels(inputs, targets, weight)
     if alpha is not None and alpha != -1:
@@ -129,6 +136,26 @@ def sigmoid_focal_loss(
     if divisor is None:
         return loss
     return loss / (divisor.reshape(()).to(loss.dtype) if isinstance(divisor, Tensor) else divisor)
+
+
+def _sharded(
+    inputs: Any, targets: Any, weight: Any, avg_factor: Any, reduction: str, **options: Any
+) -> Any:
+    """The loss of a DTensor, by rows."""
+    from . import _distributed
+
+    rows = _distributed.Rows("inputs", inputs, -1)
+    divisor = _distributed.whole(avg_factor)
+    if reduction == "mean" and divisor is None:
+        divisor = max(inputs.numel(), 1)
+    loss = sigmoid_focal_loss(
+        *(rows.local("inputs", inputs), rows.local("targets", targets)),
+        weight=rows.local("weight", weight),
+        avg_factor=divisor,
+        reduction=reduction,  # type: ignore[arg-type]
+        **options,
+    )
+    return rows.loss(loss, inputs.shape if reduction == "none" else None)
 
 
 def _levels(

@@ -157,6 +157,20 @@ def loss(
     update: bool = True,
 ) -> Tensor:
     """GHM-R with ``mu``, else GHM-C. Without ``update`` no state changes."""
+    if _checks.distributed(pred):
+        from . import _distributed
+
+        rows = _distributed.Rows("pred", pred, -1)
+        if len(rows.placements) != 1:
+            raise ValueError(f"pred must have a mesh of one dimension, got {rows.mesh}")
+        if rows.placements[0].is_shard():
+            process_group = rows.mesh.get_group()
+        part = loss(
+            rows.local("pred", pred), rows.local("target", target),
+            rows.local("label_weight", label_weight), mu, bins, momentum, acc_sum, reduction,
+            loss_weight, _distributed.whole(avg_factor), steps, process_group, update,
+        )  # fmt: skip
+        return rows.loss(part, pred.shape if reduction == "none" else None)
     _check(pred, target, label_weight, mu)
     check_options(mu, bins, momentum, reduction, loss_weight)
     _check_state(pred, bins, momentum, acc_sum, steps)

@@ -113,6 +113,8 @@ def complete_box_iou_loss(
 def _apply(
     op: str, boxes1: Tensor, boxes2: Tensor, kind: str, reduction: str, eps: float
 ) -> Tensor:
+    if _checks.distributed(boxes1):
+        return _sharded(op, boxes1, boxes2, kind, reduction, eps)
     for name, boxes in (("boxes1", boxes1), ("boxes2", boxes2)):
         _checks.tensor(name, boxes)
         if boxes.dim() == 0 or boxes.shape[-1] != 4:
@@ -130,6 +132,19 @@ def _apply(
     _checks.number("eps", eps, 0.0, float("inf"), "at least 0 and finite")
     loss: Tensor = _IouLoss.apply(op, boxes1, boxes2, kind, reduction, float(eps))
     return loss
+
+
+def _sharded(op: str, boxes1: Any, boxes2: Any, kind: str, reduction: str, eps: float) -> Any:
+    """The loss of DTensors, pair by pair."""
+    from . import _distributed
+
+    rows = _distributed.Rows("boxes1", boxes1, -1)
+    pairs = rows.local("boxes1", boxes1), rows.local("boxes2", boxes2)
+    if reduction == "mean":
+        loss = _apply(op, *pairs, kind, "sum", eps) / max(boxes1.numel() // 4, 1)
+    else:
+        loss = _apply(op, *pairs, kind, reduction, eps)
+    return rows.loss(loss, boxes1.shape[:-1] if reduction == "none" else None)
 
 
 class _IouLoss(_autograd.Function):

@@ -71,6 +71,11 @@ def softmax_focal_loss(
     Differentiating twice raises. Reduced, one launch computes loss and gradient; see
     :func:`sigmoid_focal_loss`.
     """
+    if _checks.distributed(inputs):
+        return _sharded(
+            inputs, targets, alpha, weight, avg_factor, reduction, ignore_index,
+            gamma=gamma, label_smoothing=label_smoothing,
+        )  # fmt: skip
     _check(inputs, targets, alpha, weight)
     _checks.number("gamma", gamma, 0, 1e6, "in [0, 1e6]")
     _checks.number("label_smoothing", label_smoothing, 0, 1 - 2**-53, "in [0, 1)")
@@ -107,6 +112,36 @@ def softmax_focal_loss(
     return loss if fold or divisor is None else loss / divisor.to(loss.dtype)
 
 
+def _sharded(
+    inputs: Any,
+    targets: Any,
+    alpha: Any,
+    weight: Any,
+    avg_factor: Any,
+    reduction: str,
+    ignore_index: int,
+    **options: Any,
+) -> Any:
+    """The loss of a DTensor, by rows."""
+    from . import _distributed
+
+    rows = _distributed.Rows("inputs", inputs, min(1, inputs.dim() - 1))
+    x, t = rows.local("inputs", inputs), rows.local("targets", targets)
+    if weight is not None:
+        per_class = weight.shape == inputs.shape[1:2]
+        weight = _distributed.whole(weight) if per_class else rows.local("weight", weight)
+    else:
+        per_class = False
+    divisor = _distributed.whole(avg_factor)
+    if reduction == "mean" and divisor is None:
+        divisor = _not_zero(rows.total(_total(x, t, weight, per_class, ignore_index)))
+    loss = softmax_focal_loss(
+        x, t, _distributed.whole(alpha), reduction=reduction, weight=weight,  # type: ignore[arg-type]
+        avg_factor=divisor, ignore_index=ignore_index, **options,
+    )  # fmt: skip
+    return rows.loss(loss, targets.shape if reduction == "none" else None)
+
+
 def _table(inputs: Tensor, alpha: float | Tensor | None, weight: Tensor | None) -> Tensor | None:
     """[2, C]: alpha and the weight of each class; None where all are 1."""
     if alpha is None and weight is None:
@@ -130,13 +165,25 @@ def _divisor(
     dtype = _dispatch.compute_dtype(inputs.dtype)
     if avg_factor is not None:
         return inputs.new_full((), avg_factor, dtype=dtype)
+    total = _total(inputs, targets, weight, per_class, ignore_index)
+    return total.clamp(min=1) if weight is None else _not_zero(total)
+
+
+def _total(
+    inputs: Tensor, targets: Tensor, weight: Tensor | None, per_class: bool, ignore_index: int
+) -> Tensor:
+    """How many targets count, or what they weigh."""
+    dtype = _dispatch.compute_dtype(inputs.dtype)
     classes = inputs.shape[1]
     counts = (targets != ignore_index) & (targets >= 0) & (targets < classes)
     if weight is None:
-        return counts.sum(dtype=dtype).clamp(min=1)
+        return counts.sum(dtype=dtype)
     if per_class:
         weight = weight[targets.long().clamp(0, classes - 1)]
-    total = torch.where(counts, weight.to(dtype), 0).sum()
+    return torch.where(counts, weight.to(dtype), 0).sum()
+
+
+def _not_zero(total: Tensor) -> Tensor:
     return torch.where(total == 0, 1, total)
 
 

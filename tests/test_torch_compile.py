@@ -36,17 +36,17 @@ def assert_same(got: tuple[Any, ...], want: tuple[Any, ...]) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
-def test_compile(name: str, kernel: torch.device) -> None:
+def test_compile(name: str, quick: torch.device) -> None:
     """The whole graph, forward and backward, once for all sizes."""
     call = CALLS[name]
     torch._dynamo.reset()
-    backend = "inductor" if kernel.type == "cuda" else "aot_eager"
-    eager, called = made(call, kernel), made(call, kernel)
+    backend = "inductor" if quick.type == "cuda" else "aot_eager"
+    eager, called = made(call, quick), made(call, quick)
     compiled = torch.compile(called, fullgraph=True, dynamic=True, backend=backend)
     for n, stance in ((7, "default"), (11, "fail_on_recompile")):
         with torch.compiler.set_stance(stance):
-            got = call.differentiated(compiled, call.leaves(kernel, n))
-        want = call.differentiated(eager, call.leaves(kernel, n))
+            got = call.differentiated(compiled, call.leaves(quick, n))
+        want = call.differentiated(eager, call.leaves(quick, n))
         assert_same((*got[0], *got[1]), (*want[0], *want[1]))
     if isinstance(called, nn.Module):
         assert_same(tuple(called.buffers()), tuple(eager.buffers()))
@@ -82,31 +82,31 @@ def test_export(name: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_meta_and_fake_tensors(name: str, device: torch.device) -> None:
+def test_meta_and_fake_tensors(name: str, quick: torch.device) -> None:
     """Shapes, dtypes and strides without data, forward and backward."""
     call = FIXED[name]
-    want = call.differentiated(made(call, device), call.leaves(device, 7))
+    want = call.differentiated(made(call, quick), call.leaves(quick, 7))
     meta = call.differentiated(made(call, "meta"), call.leaves("meta", 7))
     with FakeTensorMode():
-        fake = call.differentiated(made(call, device), call.leaves(device, 7))
-    for found, kind in ((meta, torch.device("meta")), (fake, device)):
+        fake = call.differentiated(made(call, quick), call.leaves(quick, 7))
+    for found, kind in ((meta, torch.device("meta")), (fake, quick)):
         for x, y in zip((*found[0], *found[1]), (*want[0], *want[1]), strict=True):
             assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
             assert x.device.type == kind.type
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_autocast_changes_nothing(name: str, device: torch.device) -> None:
+def test_autocast_changes_nothing(name: str, quick: torch.device) -> None:
     """What is in fp32 stays there, forward and backward; of the deformable ones what is in fp64,
     for they do as convolutions do, which test_deform_inputs has."""
     call = CALLS[name]
-    called, leaves = made(call, device), call.leaves(device, 7)
+    called, leaves = made(call, quick), call.leaves(quick, 7)
     if "deform" in name.lower():
         called = called.double() if isinstance(called, nn.Module) else called
         leaves = tuple(t.detach().double().requires_grad_(t.requires_grad) for t in leaves)
     state = copy.deepcopy(called)
     want = call.differentiated(called, leaves)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
+    with torch.autocast(quick.type, dtype=torch.bfloat16):
         got = call.differentiated(state, leaves)
     for x, y in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
         assert x.dtype == y.dtype

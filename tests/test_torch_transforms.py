@@ -42,11 +42,11 @@ def weighed(call: Call, called: Callable[..., Any]) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_func_grad(name: str, device: torch.device) -> None:
+def test_func_grad(name: str, quick: torch.device) -> None:
     call = DIFFERENTIABLE[name]
-    leaves = call.leaves(device, N)
-    want = call.differentiated(made(call, device), leaves)[1][: call.gradients]
-    total = weighed(call, made(call, device))
+    leaves = call.leaves(quick, N)
+    want = call.differentiated(made(call, quick), leaves)[1][: call.gradients]
+    total = weighed(call, made(call, quick))
     tensors = tuple(t.detach() for t in leaves)
     got = torch.func.grad(total, tuple(range(call.gradients)))(*tensors)
     assert_same(got, want)
@@ -59,10 +59,10 @@ def test_func_grad(name: str, device: torch.device) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_what_torch_func_cannot_have(name: str, device: torch.device) -> None:
+def test_what_torch_func_cannot_have(name: str, quick: torch.device) -> None:
     call = DIFFERENTIABLE[name]
-    total = weighed(call, made(call, device))
-    tensors = tuple(t.detach() for t in call.leaves(device, N))
+    total = weighed(call, made(call, quick))
+    tensors = tuple(t.detach() for t in call.leaves(quick, N))
     with pytest.raises(RuntimeError, match="has no forward-mode derivatives"):
         torch.func.jvp(lambda x: total(x, *tensors[1:]), tensors[:1], tensors[:1])
     twice = torch.func.grad(lambda *t: torch.func.grad(total)(*t).sum())
@@ -96,12 +96,12 @@ def test_vmap(name: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in DIFFERENTIABLE if n in STATELESS])
-def test_vmap_of_the_gradient(name: str, device: torch.device) -> None:
+def test_vmap_of_the_gradient(name: str, quick: torch.device) -> None:
     """Gradients sample by sample, and a batch of incoming gradients."""
     call = DIFFERENTIABLE[name]
-    called = made(call, device)
+    called = made(call, quick)
     total = weighed(call, called)
-    tensors = stacked(call, device)
+    tensors = stacked(call, quick)
     dims = tuple(0 if i == 0 else -1 for i in range(len(tensors)))
     which = tuple(range(call.gradients))
     got = torch.vmap(torch.func.grad(total, which), dims)(*tensors)
@@ -109,9 +109,9 @@ def test_vmap_of_the_gradient(name: str, device: torch.device) -> None:
         one = [t.select(d, i) for t, d in zip(tensors, dims, strict=True)]
         assert_same([t[i] for t in got], torch.func.grad(total, which)(*one))
 
-    leaves = call.leaves(device, N)
+    leaves = call.leaves(quick, N)
     result = call.results(called, leaves)[0]
-    incoming = torch.randn(3, *result.shape, device=device, dtype=result.dtype)
+    incoming = torch.randn(3, *result.shape, device=quick, dtype=result.dtype)
     wanted = leaves[: call.gradients]
     together = torch.vmap(lambda g: torch.autograd.grad(result, wanted, g, retain_graph=True))(
         incoming
@@ -121,14 +121,14 @@ def test_vmap_of_the_gradient(name: str, device: torch.device) -> None:
         assert_same([t[i] for t in together], alone)
 
 
-def test_vmap_says_what_it_cannot_do(device: torch.device) -> None:
+def test_vmap_says_what_it_cannot_do(quick: torch.device) -> None:
     for call in FUNCTIONS.values():
         if call.data_sized:
-            tensors = [t[None] for t in call.leaves(device, N)]
+            tensors = [t[None] for t in call.leaves(quick, N)]
             with pytest.raises(RuntimeError, match=f"depends on data: {call.data_sized} has a fix"):
-                torch.vmap(made(call, device))(*tensors)
-    x, labels = torch.randn(2, 7, 5, device=device), torch.zeros(2, 7, device=device).long()
-    counts = torch.zeros(10, device=device)
+                torch.vmap(made(call, quick))(*tensors)
+    x, labels = torch.randn(2, 7, 5, device=quick), torch.zeros(2, 7, device=quick).long()
+    counts = torch.zeros(10, device=quick)
     with pytest.raises(RuntimeError, match="momentum, whose counts are updated in place"):
         torch.vmap(lambda x, t: ghmc_loss(x, t, momentum=0.5, acc_sum=counts))(x, labels)
     assert not counts.any()
@@ -193,7 +193,7 @@ def test_script_of_a_module(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
-def test_a_scripted_function_calls_back(device: torch.device, tmp_path: Path) -> None:
+def test_a_scripted_function_calls_back(quick: torch.device, tmp_path: Path) -> None:
     """What the message says: by a function of one's own that is ignored."""
     source = """
 @torch.jit.ignore
@@ -203,7 +203,7 @@ def in_python(a: Tensor, b: Tensor) -> Tensor:
 def mine(a: Tensor, b: Tensor) -> Tensor:
     return in_python(a * 2, b)
 """
-    x, labels = CALLS["sigmoid_focal_loss"].leaves(device, N)
+    x, labels = CALLS["sigmoid_focal_loss"].leaves(quick, N)
     got = torch.jit.script(of_a_user(source, tmp_path))(x, labels)
     assert torch.equal(got, sigmoid_focal_loss(x * 2, labels))
     (gradient,) = torch.autograd.grad(got.sum(), x)
