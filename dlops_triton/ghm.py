@@ -44,7 +44,9 @@ def ghmc_loss(
     intervals of [0, 1]; an element weighs ``total / (elements of its bin * bins not empty)``.
 
     Args:
-        pred: logits [..., C], fp16, bf16, fp32 or fp64, any strides.
+        pred: logits [..., C], fp16, bf16, fp32 or fp64, any strides. Or a DTensor sharded by rows
+            over a mesh of one dimension, and so ``target`` and ``label_weight``: that is
+            ``process_group``, with a loss that is sharded alike or a partial sum.
         target: as many dimensions as ``pred``: the same shape, floating point, bool or integer, in
             [0, 1]. One dimension fewer: integer labels, where a label in [0, C) is the positive
             class and any other (C, -1, ...) is background.

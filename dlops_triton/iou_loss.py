@@ -35,7 +35,8 @@ def generalized_box_iou_loss(
 
     Returns:
         "none": [...] in the dtype of the boxes. "mean", "sum": a scalar, fp32 (fp64 for fp64
-        boxes). Computed in fp32 (fp64 for fp64).
+        boxes). Computed in fp32 (fp64 for fp64). Of DTensors sharded by pairs it is one, sharded
+        alike or a partial sum.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value, named

@@ -42,7 +42,9 @@ def softmax_focal_loss(
 
     Args:
         inputs: logits [N, C], [N, C, d1, ...] or [C], fp16, bf16, fp32 or fp64, any strides:
-            channels-last memory and permuted heads are read in place. -inf masks a class.
+            channels-last memory and permuted heads are read in place. -inf masks a class. Or a
+            DTensor, sharded by other dimensions than C, with one for ``targets`` and one per sample
+            for ``weight``: the loss is one as well, sharded alike or a partial sum.
         targets: integer labels [N], [N, d1, ...] or []. One outside [0, C) has no loss and no
             gradient, whether it is ``ignore_index`` or not, and does not count for the mean.
         alpha: None, a factor >= 0 of every loss, or one for each class [C].

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dlops_triton import _dispatch
-from tests.calls import CALLS, DIFFERENTIABLE, MODULES, Call, made
+from tests.calls import CALLS, DIFFERENTIABLE, MODULES, Call, made, weighed
 
 ROOT = Path(__file__).parents[1]
 RANKS = 2
@@ -36,7 +36,7 @@ class Scaled(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         scaled = [t * s.mean() for t, s in zip(tensors, self.scales, strict=False)]
         result = self.call.results(self.called, (*scaled, *tensors[len(scaled) :]))[0]
-        return (result * torch.linspace(0.5, 1.5, result.numel()).view(result.shape)).sum()
+        return weighed(result)
 
 
 def batch(call: Call, rank: int) -> list[Tensor]:
@@ -88,9 +88,8 @@ def dtensor(name: str, rank: int) -> dict[str, Any]:
         assert isinstance(result, DTensor)
         found[f"{kind} as"] = str(result.placements[0])
         whole = result.full_tensor()
-        weights = torch.linspace(0.5, 1.5, whole.numel()).view(whole.shape)
         wanted = leaves[: call.gradients]
-        gradients = torch.autograd.grad((whole * weights).sum(), wanted)
+        gradients = torch.autograd.grad(weighed(whole), wanted)
         found[kind] = (whole.detach(), *(g.full_tensor() for g in gradients))
         if not result.dim():  # a loss is differentiated as it is
             result = made(call, "cpu")(*leaves)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import dlops_triton
 from dlops_triton import ghmc_loss, nms_padded, sigmoid_focal_loss, softmax_focal_loss
-from tests.calls import CALLS, DIFFERENTIABLE, FIXED, FUNCTIONS, MODULES, Call, made
+from tests.calls import CALLS, DIFFERENTIABLE, FIXED, FUNCTIONS, MODULES, Call, made, weighed
 
 N = 5
 STATELESS = {n: c for n, c in FIXED.items() if n not in ("GHMC", "GHMR")}
@@ -30,15 +30,9 @@ def assert_same(got: Any, want: Any) -> None:
 # ---- torch.func
 
 
-def weighed(call: Call, called: Callable[..., Any]) -> Callable[..., Tensor]:
+def total_of(call: Call, called: Callable[..., Any]) -> Callable[..., Tensor]:
     """The scalar that `Call.differentiated` differentiates."""
-
-    def total(*tensors: Tensor) -> Tensor:
-        result = call.results(called, tensors)[0]
-        weights = torch.linspace(0.5, 1.5, result.numel(), dtype=result.dtype)
-        return (result * weights.to(result.device).view(result.shape)).sum()
-
-    return total
+    return lambda *tensors: weighed(call.results(called, tensors)[0])
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
@@ -46,7 +40,7 @@ def test_func_grad(name: str, quick: torch.device) -> None:
     call = DIFFERENTIABLE[name]
     leaves = call.leaves(quick, N)
     want = call.differentiated(made(call, quick), leaves)[1][: call.gradients]
-    total = weighed(call, made(call, quick))
+    total = total_of(call, made(call, quick))
     tensors = tuple(t.detach() for t in leaves)
     got = torch.func.grad(total, tuple(range(call.gradients)))(*tensors)
     assert_same(got, want)
@@ -61,7 +55,7 @@ def test_func_grad(name: str, quick: torch.device) -> None:
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_what_torch_func_cannot_have(name: str, quick: torch.device) -> None:
     call = DIFFERENTIABLE[name]
-    total = weighed(call, made(call, quick))
+    total = total_of(call, made(call, quick))
     tensors = tuple(t.detach() for t in call.leaves(quick, N))
     with pytest.raises(RuntimeError, match="has no forward-mode derivatives"):
         torch.func.jvp(lambda x: total(x, *tensors[1:]), tensors[:1], tensors[:1])
@@ -100,7 +94,7 @@ def test_vmap_of_the_gradient(name: str, quick: torch.device) -> None:
     """Gradients sample by sample, and a batch of incoming gradients."""
     call = DIFFERENTIABLE[name]
     called = made(call, quick)
-    total = weighed(call, called)
+    total = total_of(call, called)
     tensors = stacked(call, quick)
     dims = tuple(0 if i == 0 else -1 for i in range(len(tensors)))
     which = tuple(range(call.gradients))
