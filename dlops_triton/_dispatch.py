@@ -128,10 +128,10 @@ def precision(dtype: torch.dtype, device: torch.device) -> Literal["tf32", "ieee
 def to_numpy(t: Tensor) -> npt.NDArray[Any]:
     """A CPU tensor's values; bfloat16, which numpy lacks, as float32.
 
-    Not ``t.numpy()``, after which no memory of ``t`` can be given back while ``t`` lives, as
-    ``fully_shard`` does with parameters.
+    Of a copy: the memory of what ``numpy()`` was called of cannot be freed while the tensor lives,
+    as ``fully_shard`` frees that of parameters.
     """
-    return np.from_dlpack((t.float() if t.dtype == torch.bfloat16 else t).detach())
+    return (t.float() if t.dtype == torch.bfloat16 else t.clone()).detach().numpy()
 
 
 def from_numpy(a: npt.ArrayLike, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from . import _checks
 
@@ -21,7 +21,8 @@ class Rows:
         self.name, self.dims, self.dim = name, t.dim(), dim % max(t.dim(), 1)
         self.mesh, self.placements = t.device_mesh, tuple(t.placements)
         for p in self.placements:
-            if type(p) not in (Shard, Replicate) or p == Shard(self.dim):
+            strided = hasattr(p, "split_factor")  # parts that take turns: not those of Shard
+            if not (p.is_replicate() or (p.is_shard() and p.dim != self.dim and not strided)):
                 raise ValueError(
                     f"{name} must be a DTensor that is Replicate() or Shard() of another dimension "
                     f"than {self.dim}, got {self.placements}: use {name}.redistribute"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dlops_triton import _dispatch
-from tests.calls import CALLS, DIFFERENTIABLE, MODULES, Call, made, weighed
+from tests.calls import CALLS, DIFFERENTIABLE, Call, made, weighed
 
 ROOT = Path(__file__).parents[1]
 RANKS = 2
@@ -22,6 +24,9 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no di
 
 # What DTensors are taken by: losses that are sums over rows.
 SHARDED = [name for name in CALLS if "_loss" in name or name in ("GHMC", "GHMR")]
+
+
+COMPILED = ("sigmoid_focal_loss", "ghmc_loss")
 
 
 class Scaled(nn.Module):
@@ -91,6 +96,17 @@ def dtensor(name: str, rank: int) -> dict[str, Any]:
         wanted = leaves[: call.gradients]
         gradients = torch.autograd.grad(weighed(whole), wanted)
         found[kind] = (whole.detach(), *(g.full_tensor() for g in gradients))
+        if name in COMPILED:
+            compiled = torch.compile(made(call, "cpu"), fullgraph=True, backend="aot_eager")
+            again = compiled(*leaves)
+            assert again.placements == result.placements
+            found[f"{kind}, compiled"] = (
+                again.full_tensor().detach(),
+                *(
+                    g.full_tensor()
+                    for g in torch.autograd.grad(weighed(again.full_tensor()), wanted)
+                ),
+            )
         if not result.dim():  # a loss is differentiated as it is
             result = made(call, "cpu")(*leaves)
             found[f"{kind}, at once"] = [
@@ -203,8 +219,9 @@ def test_losses_of_dtensors(name: str, ranks: list[dict[str, Any]]) -> None:
         got = found[f"dtensor {name}"]
         assert isinstance(got, dict), got
         for kind in ("sharded", "replicated"):
-            for x, y in zip(got[kind], (*result, *gradients[: call.gradients]), strict=True):
-                torch.testing.assert_close(x, y)
+            for way in (kind, f"{kind}, compiled") if name in COMPILED else (kind,):
+                for x, y in zip(got[way], (*result, *gradients[: call.gradients]), strict=True):
+                    torch.testing.assert_close(x, y)
             if not once.dim():
                 want = torch.autograd.grad(once, leaves[: call.gradients], retain_graph=True)
                 for x, y in zip(got[f"{kind}, at once"], want, strict=True):
@@ -233,5 +250,13 @@ def test_dtensors_that_are_no_rows(ranks: list[dict[str, Any]]) -> None:
         assert "TypeError: boxes2 must be a tensor of this process, got a DTensor" in second
 
 
-def test_modules_are_among_them() -> None:
-    assert set(MODULES) <= set(DIFFERENTIABLE)
+def test_a_strided_shard_is_refused() -> None:
+    """Of which labels in order, and not in the order of the logits, would be taken."""
+    from torch.distributed.tensor.placement_types import Shard, _StridedShard
+
+    from dlops_triton._distributed import Rows
+
+    for placement, refused in ((_StridedShard(0, split_factor=2), True), (Shard(0), False)):
+        t = SimpleNamespace(dim=lambda: 2, device_mesh=None, placements=[placement])
+        with pytest.raises(ValueError, match="got ._StridedShard") if refused else nullcontext():
+            Rows("inputs", t, -1)
