@@ -173,7 +173,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         for rank in range(RANKS)
     ]
     try:
-        assert [p.wait(timeout=150) for p in processes] == [0, 0]
+        assert [p.wait(timeout=300) for p in processes] == [0, 0]
     finally:
         for p in processes:
             p.kill()
@@ -258,5 +258,5 @@ def test_a_strided_shard_is_refused() -> None:
 
     for placement, refused in ((_StridedShard(0, split_factor=2), True), (Shard(0), False)):
         t = SimpleNamespace(dim=lambda: 2, device_mesh=None, placements=[placement])
-        with pytest.raises(ValueError, match="got ._StridedShard") if refused else nullcontext():
+        with pytest.raises(ValueError, match=r"\(_StridedShard") if refused else nullcontext():
             Rows("inputs", t, -1)
