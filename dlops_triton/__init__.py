@@ -53,5 +53,6 @@ __all__ = [
 ]
 
 for _name in __all__:
-    if _name != "compat":  # whose functions are scripted as calls of Python
+    # The functions of compat are scripted, as calls of Python.
+    if callable(vars()[_name]) and not isinstance(vars()[_name], type):
         vars()[_name].__prepare_scriptable__ = _scripting.refused(f"dlops_triton.{_name}")

@@ -1,6 +1,6 @@
 """A call of every public op and module: what the tests of test_torch_*.py go through.
 
-`test_torch_table.py` fails where ``dlops_triton.__all__`` has an op, or ``dlops_triton.nn`` a
+`test_torch_compile.py` fails where ``dlops_triton.__all__`` has an op, or ``dlops_triton.nn`` a
 module, of which there is no call.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,14 @@ from torch import Tensor, nn
 
 import dlops_triton as d
 from dlops_triton.nn import GHMC, GHMR, DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack
+
+FAMILIES = {file.stem for file in (Path(__file__).parents[1] / "kernels").glob("[a-z]*.py")}
+# The public functions that have kernels.
+OPS = {
+    name
+    for name in d.__all__
+    if getattr(getattr(d, name), "__module__", "").rpartition(".")[2] in FAMILIES
+}
 
 Device = torch.device | str
 Made = tuple[Tensor, ...]
