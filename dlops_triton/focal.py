@@ -302,7 +302,8 @@ def _launch_fwd(
     layout = _losses.by_class(inputs, -1)
     settings = FWD.on(inputs)
     programs = _dispatch.cdiv(n, settings["BLOCK"])
-    out = loss.new_empty(programs) if reduce else loss
+    partial = reduce and programs > 1
+    out = loss.new_empty(programs) if partial else loss
     _dispatch.launch(
         focal_fwd_kernel,
         (programs,),
@@ -316,7 +317,7 @@ def _launch_fwd(
         **_constants(inputs, targets, weight, alpha, gamma, ignore_index, label_smoothing),
         **settings,
     )
-    return out.sum() if reduce else loss
+    return out.sum() if partial else loss
 
 
 def _launch_bwd(
