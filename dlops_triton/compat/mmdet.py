@@ -147,7 +147,8 @@ def sigmoid_focal_loss(
         ValueError: ``avg_factor`` with "sum", another reduction, or a wrong shape.
 
     Differs from mmdet's where :func:`dlops_triton.compat.mmcv.sigmoid_focal_loss` differs from
-    mmcv's, and reduces half precision in fp32.
+    mmcv's. Half precision is reduced in fp32; the mean of nothing is 0, not NaN; a label of -1 is
+    background on a CPU as well, where mmdet raises.
     """
     _check(reduction, avg_factor)
     if weight is not None and weight.shape != pred.shape:
@@ -264,13 +265,16 @@ def giou_loss(
         weight: [N] or None.
         reduction: "none", "sum" or "mean".
         avg_factor: divisor of "mean" instead of N; it is not read on the host.
-        eps: added to the denominators, which mmdet raises to it: the values differ by eps / area.
+        eps: added to the denominators.
 
     Returns:
         "none": [N] in the dtype of pred. "sum", "mean": a scalar, fp32 (fp64 for fp64).
 
     Raises:
         ValueError: ``avg_factor`` with "sum", another reduction, or a wrong shape.
+
+    Differs from mmdet's: denominators below ``eps`` are raised to it there, so the values differ by
+    eps / area; half precision is reduced in fp32; the mean of nothing is 0, not NaN.
     """
     return _box_loss(generalized_box_iou_loss, pred, target, weight, reduction, avg_factor, eps)
 
@@ -291,6 +295,9 @@ def diou_loss(
 
     Returns:
         As :func:`giou_loss`.
+
+    Differs from mmdet's: the arithmetic is fp32 in half precision, where areas overflow from a side
+    of 256 on; the mean of nothing is 0, not NaN.
     """
     return _box_loss(distance_box_iou_loss, pred, target, weight, reduction, avg_factor, eps)
 
@@ -327,12 +334,16 @@ class GIoULoss(_IoULoss):
         eps, reduction: as there.
         loss_weight: factor of the result.
 
-    Nothing waits for the GPU, where mmdet's asks whether any weight is above 0.
+    Differs from mmdet's, which waits for the GPU to see whether a weight is above 0, and makes
+    "none" a scalar where none is.
     """
 
 
 class DIoULoss(_IoULoss):
-    """mmdet's ``DIoULoss``: :func:`diou_loss` with its settings; as :class:`GIoULoss`."""
+    """mmdet's ``DIoULoss``: :func:`diou_loss` with its settings; as :class:`GIoULoss`.
+
+    Differs from mmdet's as that does.
+    """
 
 
 def bbox_overlaps(
@@ -359,6 +370,7 @@ def bbox_overlaps(
 
     Differs from mmdet, each with each: a union below ``eps`` is taken as it is, so that boxes of
     normalized coordinates with a side of 0.001 have their IoU. A union of 0 gives 0 in either.
+    Areas are fp32 in half precision, where mmdet's fp16 overflows from a side of 256 on.
     """
     if mode not in ("iou", "iof", "giou"):
         raise ValueError(f"mode must be one of 'iou', 'iof', 'giou', got {mode!r}")
