@@ -1,6 +1,9 @@
 """Detection and recognition kernels in Triton, as drop-in torch functions."""
 
-from . import _installation  # first, for it says what is lacking  # noqa: F401
+from . import (
+    _installation,  # first, for it says what is lacking  # noqa: F401
+    _scripting,
+)
 from ._dispatch import implementation
 from .deform import deform_conv2d, deform_sample
 from .focal import sigmoid_focal_loss
@@ -48,3 +51,8 @@ __all__ = [
     "soft_nms_padded",
     "softmax_focal_loss",
 ]
+
+for _name in __all__:
+    # The functions of compat are scripted, as calls of Python.
+    if callable(vars()[_name]) and not isinstance(vars()[_name], type):
+        vars()[_name].__prepare_scriptable__ = _scripting.refused(f"dlops_triton.{_name}")

@@ -1,23 +1,74 @@
-"""Backward passes that can be differentiated once, and say so the second time."""
+"""What every autograd.Function of the library shares: torch.func, and one derivative, not two."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
-class _NotTwice(torch.autograd.Function):
+class Function(torch.autograd.Function):
+    """An ``autograd.Function`` that ``torch.func`` and ``torch.vmap`` take as well.
+
+    A class has ``keep``, which saves for backward what it wants of the arguments, and ``forward``,
+    which calls it. The transforms want the two apart; but where ``setup_context`` is defined torch
+    binds the arguments of every eager call by ``inspect``, 20 us. So they get a copy of the class.
+    The eager call is what torch's own ``apply`` comes to, less what that asks about such a class.
+    """
+
+    keep: Callable[..., None]
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return _for_transforms(cls).apply(*args)
+        return super(torch.autograd.Function, cls).apply(  # type: ignore[misc]
+            *unwrap_dead_wrappers(args)
+        )
+
+
+@functools.cache
+def _for_transforms(function: Any) -> type[torch.autograd.Function]:
+    class ForTransforms(torch.autograd.Function):
+        generate_vmap_rule = True
+        backward = staticmethod(function.backward)
+
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return function.forward(SimpleNamespace(save_for_backward=lambda *_: None), *args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            function.keep(ctx, *inputs)
+
+        # Dynamo refuses a class that has it, which the one above is to Dynamo.
+        @staticmethod
+        def jvp(ctx: Any, *_: Any) -> Any:
+            raise RuntimeError(
+                "dlops_triton has no forward-mode derivatives (torch.func.jvp, jacfwd, hessian): "
+                "use backward, or torch.func.grad, vjp or jacrev"
+            )
+
+    return ForTransforms
+
+
+class _NotTwice(Function):
     """A copy of a gradient, tied to what it depends on, without a derivative."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, gradient: Tensor, *depends_on: Tensor) -> Tensor:
+    def keep(ctx: Any, name: str, gradient: Tensor, *depends_on: Tensor) -> None:
         ctx.name = name
+
+    @staticmethod
+    def forward(ctx: Any, name: str, gradient: Tensor, *depends_on: Tensor) -> Tensor:
+        _NotTwice.keep(ctx, name, gradient)
         return gradient.clone()
 
     @staticmethod
@@ -43,7 +94,7 @@ def once_differentiable(name: str = "") -> Callable[[Backward], Backward]:
                 return gradients
             depends_on = [t for t in (*grads, *ctx.saved_tensors) if t is not None]
             return tuple(
-                None if g is None else _NotTwice.apply(name or ctx.op, g, *depends_on)  # type: ignore[no-untyped-call]
+                None if g is None else _NotTwice.apply(name or ctx.op, g, *depends_on)
                 for g in gradients
             )
 

@@ -20,6 +20,16 @@ _NUMBERS = (int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat)
 def tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if distributed(value):
+        raise TypeError(
+            f"{name} must be a tensor of this process, got a DTensor: pass {name}.full_tensor(), "
+            f"or {name}.to_local() for this rank's part"
+        )
+
+
+def distributed(value: object) -> bool:
+    """Whether it is a DTensor, asked without the import of what that is."""
+    return hasattr(value, "device_mesh")
 
 
 def dtype(name: str, value: Tensor, accepted: Sequence[torch.dtype] = FLOATS) -> None:

@@ -78,6 +78,9 @@ def _alloc_conv_grads(
     return _alloc_grads(input, offset, mask, weight, needs=args[-2])
 
 
+# An exported graph calls the ops without an autograd.Function around them, and weights in it may
+# require a gradient: what torch does for the kernels below must not ask for one.
+@torch.no_grad()
 def _launch_sample_fwd(
     input: Tensor, offset: Tensor, mask: Tensor | None, *geometry: list[int]
 ) -> Tensor:
@@ -89,6 +92,7 @@ def _launch_sample_fwd(
     return columns
 
 
+@torch.no_grad()
 def _launch_sample_bwd(
     grad: Tensor, input: Tensor, offset: Tensor, mask: Tensor | None, *args: Any
 ) -> list[Tensor]:
@@ -102,6 +106,7 @@ def _launch_sample_bwd(
     return [t for t in found if t is not None]
 
 
+@torch.no_grad()
 def _launch_conv_fwd(
     input: Tensor,
     offset: Tensor,
@@ -131,6 +136,7 @@ def _launch_conv_fwd(
     return out
 
 
+@torch.no_grad()
 def _launch_conv_bwd(
     grad: Tensor,
     input: Tensor,

@@ -17,6 +17,8 @@ import torch
 import triton
 from torch import Tensor
 
+from . import _vmap
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 # "kernel" or "reference". Private: a test fixture turns it, so that both are covered in one run.
@@ -31,13 +33,13 @@ def register(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     tags: Sequence[torch.Tag] = (),
-    vmap: int = 0,
+    vmap: _vmap.Rule | None = None,
 ) -> Callable[..., Any]:
     """Define ``dlops::<schema>`` and return its overload.
 
     ``launcher`` runs the kernels, ``reference`` takes and returns CPU tensors, ``fake`` gives the
-    metadata of the result. ``vmap``: so many first arguments are tensors, or None, whose leading
-    dimension :func:`torch.vmap` may multiply, and with it that of every result.
+    metadata of the result. ``vmap`` is what :func:`torch.vmap` does; by default it calls the op for
+    one after another, and stacks the results.
 
     define/impl is the registration that costs least per call and the only one that opcheck,
     fullgraph compilation and the interpreter all accept.
@@ -52,29 +54,12 @@ def register(
     _library.impl(name, on_cpu, "CPU")
     torch.library.register_fake(f"dlops::{name}", fake, lib=_library)
     op = getattr(torch.ops.dlops, name).default
-    if vmap:
-        torch.library.register_vmap(
-            f"dlops::{name}", functools.partial(_vmapped, op, vmap), lib=_library
-        )
+    if vmap is None:
+        why = f"torch.vmap does not take dlops::{name}, which updates a tensor in place"
+        vmap = _vmap.refused(why) if "!" in schema else _vmap.loop
+    rule = functools.partial(vmap, op)
+    torch.library.register_vmap(f"dlops::{name}", rule, lib=_library)
     return op
-
-
-def _vmapped(op: Any, tensors: int, info: Any, dims: tuple[int | None, ...], *args: Any) -> Any:
-    """Run an op over one more dimension than its leading one, by merging the two.
-
-    ``tensors``: so many first arguments are tensors, or None, with that leading dimension.
-    """
-    size = info.batch_size
-
-    def merged(t: Tensor | None, dim: int | None) -> Tensor | None:
-        if t is None:
-            return None
-        t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-        return t.flatten(0, 1)
-
-    first = [merged(t, dim) for t, dim in zip(args[:tensors], dims[:tensors], strict=True)]
-    outputs = op(*first, *args[tensors:])
-    return tuple(t.unflatten(0, (size, -1)) for t in outputs), (0,) * len(outputs)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
@@ -151,8 +136,12 @@ def precision(dtype: torch.dtype, device: torch.device) -> Literal["tf32", "ieee
 
 
 def to_numpy(t: Tensor) -> npt.NDArray[Any]:
-    """A CPU tensor's values; bfloat16, which numpy lacks, as float32."""
-    return (t.float() if t.dtype == torch.bfloat16 else t).detach().numpy()
+    """A CPU tensor's values; bfloat16, which numpy lacks, as float32.
+
+    Of a copy: the memory of what ``numpy()`` was called of cannot be freed while the tensor lives,
+    as ``fully_shard`` frees that of parameters.
+    """
+    return (t.float() if t.dtype == torch.bfloat16 else t.clone()).detach().numpy()
 
 
 def from_numpy(a: npt.ArrayLike, dtype: torch.dtype) -> Tensor:

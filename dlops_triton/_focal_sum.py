@@ -27,11 +27,23 @@ _PROGRAMS = 2048
 Options = tuple[float | None, float, int]  # alpha, gamma, ignore_index
 
 
-class FocalSum(torch.autograd.Function):
-    """``apply(options, divisor, scale, wants_gradient, *inputs, *labels)``, as many of each.
+class FocalSum(_autograd.Function):
+    """``apply(options, divisor, scale, with_gradient, *inputs, *labels)``, as many of each.
 
     The loss is the sum over all, times ``scale``, over ``divisor``, a tensor of one element.
     """
+
+    @staticmethod
+    def keep(
+        ctx: Any,
+        options: Options,
+        divisor: Tensor | None,
+        scale: float,
+        with_gradient: bool,
+        *tensors: Tensor,
+    ) -> None:
+        ctx.save_for_backward(divisor, *tensors)
+        ctx.options, ctx.scale, ctx.with_loss = options, scale, with_gradient
 
     @staticmethod
     def forward(
@@ -39,19 +51,16 @@ class FocalSum(torch.autograd.Function):
         options: Options,
         divisor: Tensor | None,
         scale: float,
-        wants_gradient: bool,
+        with_gradient: bool,
         first: Tensor,
         *others: Tensor,
     ) -> Tensor:
         # ``first`` because torch.compile, where nothing needs a gradient, takes ctx for an argument
         # too many if without it there are as many arguments as parameters.
         tensors = first, *others
-        ctx.save_for_backward(divisor, *tensors)
-        ctx.options, ctx.scale = options, scale
+        FocalSum.keep(ctx, options, divisor, scale, with_gradient, *tensors)
         inputs, labels = _halves(tensors)
-        with_loss = wants_gradient and _losses.gradient_with_loss(inputs[0].dtype)
-        loss, gradients = _sum(inputs, labels, divisor, scale, *options, with_loss)
-        _losses.hold(ctx, gradients)
+        loss, ctx.gradients = _sum(inputs, labels, divisor, scale, *options, with_gradient)
         return loss
 
     @staticmethod

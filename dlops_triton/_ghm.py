@@ -25,32 +25,19 @@ LOSS = Settings(
 BWD = Settings("ghm_bwd", fp32={"BLOCK": 1024, "num_warps": 4}, fp64={"BLOCK": 512, "num_warps": 4})
 
 
-class Ghm(torch.autograd.Function):
-    """The loss and its gradient, given the table."""
+class Ghm(_autograd.Function):
+    """The loss and its gradient, given the table; ``apply`` takes what the op takes."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        pred: Tensor,
-        target: Tensor,
-        label_weight: Tensor | None,
-        table: Tensor,
-        divisor: Tensor | None,
-        scale: float,
-        mu: float | None,
-        bins: int,
-        reduce: bool,
-        wants_gradient: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(pred, target, label_weight, table, divisor)
-        ctx.options = (scale, mu, bins)
-        ctx.reduce = reduce
-        with_loss = reduce and wants_gradient and _losses.gradient_with_loss(pred.dtype)
-        loss: Tensor
-        loss, gradients = _loss(
-            pred, target, label_weight, table, divisor, *ctx.options, reduce, with_loss
-        )
-        _losses.hold(ctx, gradients)
+    def keep(ctx: Any, *args: Any) -> None:
+        ctx.save_for_backward(*args[:5])
+        ctx.options = args[5:8]
+        ctx.reduce, ctx.with_loss = args[8:]
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        Ghm.keep(ctx, *args)
+        loss, ctx.gradients = _loss(*args)
         return loss
 
     @staticmethod

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _dispatch, _losses
+from . import _dispatch, _losses, _vmap
 from ._settings import Settings
 from .kernels.ghm import (
     NONE,
@@ -268,6 +268,9 @@ def _reference_table(
 
 # torch.compile does not take an op that may mutate arguments which are all None: inductor fails. So
 # each has a form without state.
+_IN_PLACE = _vmap.refused(
+    "torch.vmap does not take GHM losses with momentum, whose counts are updated in place"
+)
 table_of = _dispatch.register(
     "ghm_table(Tensor pred, Tensor target, Tensor? label_weight, float? mu, int bins) -> Tensor",
     lambda pred, target, label_weight, mu, bins: _launch_table(
@@ -284,6 +287,7 @@ averaged_table_of = _dispatch.register(
     _launch_table,
     _reference_table,
     lambda pred, target, label_weight, acc_sum, steps, mu, bins, *_: _alloc_table(pred, bins),
+    vmap=_IN_PLACE,
 )
 totals_of = _dispatch.register(
     "ghm_totals(Tensor pred, Tensor target, Tensor? label_weight, float? mu, int bins) -> Tensor",
@@ -309,4 +313,5 @@ averaged_table_from = _dispatch.register(
     lambda totals, acc_sum, steps, mu, bins, momentum, update, double: _alloc_from(
         totals, bins, double
     ),
+    vmap=_IN_PLACE,
 )

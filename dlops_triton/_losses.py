@@ -23,16 +23,14 @@ def gradient_with_loss(dtype: torch.dtype) -> bool:
 
     It saves reading the input again, unless backward has to scale the gradient out of place, as
     the functional graph of torch.compile would; and in fp16 a gradient divided by ``avg_factor``
-    underflows before a GradScaler's factor could save it. There backward computes it.
+    underflows before a GradScaler's factor could save it. There backward computes it, and under
+    torch.func, whose backward passes are functions of what forward was given.
     """
-    return dtype != torch.float16 and not torch.compiler.is_compiling()
-
-
-def hold(ctx: Any, gradients: Sequence[Tensor]) -> None:
-    """Keep the gradients that came with the loss; none, if they did not."""
-    ctx.with_loss = bool(gradients)
-    if gradients:
-        ctx.gradients = gradients
+    return (
+        dtype != torch.float16
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def gradients_of(
@@ -40,11 +38,12 @@ def gradients_of(
 ) -> Sequence[Tensor]:
     """The gradients times ``grad``, a tensor of one element, for a backward pass to return.
 
-    Those held since forward are given away the first time, since nothing else refers to them, and
-    scaled in place. A second backward pass finds none left, and ``compute(None)`` computes them
-    again. ``compute(grad)`` computes them scaled.
+    ``ctx.with_loss``: they came with the loss, and ``ctx.gradients`` holds them. They are given
+    away the first time, since nothing else refers to them, and scaled in place. A second backward
+    pass finds none left, and ``compute(None)`` computes them again. ``compute(grad)`` computes them
+    scaled, also where ``grad`` is a batch of gradients that vmap hides.
     """
-    if not ctx.with_loss:
+    if not ctx.with_loss or torch._C._are_functorch_transforms_active():
         return compute(grad)
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:

@@ -49,9 +49,7 @@ def deform_sample(
     """
     geometry = check_geometry(kernel_size, stride, padding, dilation)
     _check(input, offset, mask, geometry)
-    columns: Tensor = _Sample.apply(  # type: ignore[no-untyped-call]
-        input.contiguous(memory_format=torch.channels_last), offset, mask, geometry
-    )
+    columns: Tensor = _Sample.apply(_channels_last(input), offset, mask, geometry)
     return columns
 
 
@@ -125,12 +123,22 @@ def deform_conv2d(
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         input, weight, bias = (_autocast(t, kind) for t in (input, weight, bias))
     _check_weight(input, weight, bias)
-    x = input.contiguous(memory_format=torch.channels_last)
-    out: Tensor = _Conv.apply(  # type: ignore[no-untyped-call]
-        x, offset, mask, weight, bias, geometry, _implementation
-    )
+    x = _channels_last(input)
+    out: Tensor = _Conv.apply(x, offset, mask, weight, bias, geometry, _implementation)
+    if torch._C._are_functorch_transforms_active():
+        return out
     last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
     return out if last else out.contiguous()
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    """The format of the kernels, of which backward then keeps a copy, instead of making one.
+
+    vmap cannot say what format a tensor is in: there each launch sees to it.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return t
+    return t.contiguous(memory_format=torch.channels_last)
 
 
 def _autocast(t: Any, device: str) -> Any:
@@ -178,11 +186,16 @@ def _check(input: Tensor, offset: Tensor, mask: Tensor | None, geometry: Geometr
             f"{out[0]} x {out[1]}"
         )
     _checks.tensor("offset", offset)
-    shape = f"[{b}, 2 * G * {taps}, {out[0]}, {out[1]}] for G offset groups"
-    if offset.dim() != 4 or (offset.shape[0], *offset.shape[2:]) != (b, *out):
-        raise ValueError(f"offset must have shape {shape}, got {tuple(offset.shape)}")
-    if offset.shape[1] == 0 or offset.shape[1] % (2 * taps):
-        raise ValueError(f"offset must have shape {shape}, got {tuple(offset.shape)}")
+    if (
+        offset.dim() != 4
+        or (offset.shape[0], *offset.shape[2:]) != (b, *out)
+        or offset.shape[1] == 0
+        or offset.shape[1] % (2 * taps)
+    ):
+        raise ValueError(
+            f"offset must have shape [{b}, 2 * G * {taps}, {out[0]}, {out[1]}] for G offset "
+            f"groups, got {tuple(offset.shape)}"
+        )
     groups = offset.shape[1] // (2 * taps)
     if c % groups:
         raise ValueError(
@@ -236,13 +249,19 @@ def _output_size(height: int, width: int, geometry: Geometry) -> tuple[int, int]
     )
 
 
-class _Sample(torch.autograd.Function):
+class _Sample(_autograd.Function):
+    @staticmethod
+    def keep(
+        ctx: Any, input: Tensor, offset: Tensor, mask: Tensor | None, geometry: Geometry
+    ) -> None:
+        ctx.save_for_backward(input, offset, mask)
+        ctx.geometry = geometry
+
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, offset: Tensor, mask: Tensor | None, geometry: Geometry
     ) -> Tensor:
-        ctx.save_for_backward(input, offset, mask)
-        ctx.geometry = geometry
+        _Sample.keep(ctx, input, offset, mask, geometry)
         return _deform_ops.sample_fwd(input, offset, mask, *geometry)
 
     @staticmethod
@@ -253,24 +272,19 @@ class _Sample(torch.autograd.Function):
         return (*(next(found) if need else None for need in needs), None)
 
 
-class _Conv(torch.autograd.Function):
+class _Conv(_autograd.Function):
+    """``apply`` of the five tensors, the geometry and the implementation."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        offset: Tensor,
-        mask: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        geometry: Geometry,
-        implementation: Implementation | None,
-    ) -> Tensor:
-        ctx.save_for_backward(input, offset, mask, weight)
-        ctx.geometry = geometry
-        ctx.implementation = implementation
-        return _deform_ops.conv_fwd(
-            input, offset, mask, weight, bias, *geometry[1:], implementation
-        )
+    def keep(ctx: Any, *args: Any) -> None:
+        ctx.save_for_backward(*args[:4])
+        ctx.geometry, ctx.implementation = args[5:]
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        _Conv.keep(ctx, *args)
+        *tensors, geometry, implementation = args
+        return _deform_ops.conv_fwd(*tensors, *geometry[1:], implementation)
 
     @staticmethod
     @_autograd.once_differentiable("deform_conv2d")

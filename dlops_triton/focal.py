@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import _autograd, _checks, _dispatch, _losses
+from . import _autograd, _checks, _dispatch, _losses, _vmap
 from ._focal_sum import FocalSum
 from ._settings import Settings
 from .kernels.focal import NONE, PER_ELEMENT, PER_ROW, focal_bwd_kernel, focal_fwd_kernel
@@ -49,7 +49,9 @@ def sigmoid_focal_loss(
         inputs: logits [..., C], fp16, bf16, fp32 or fp64, any strides. A head's [N, A * C, H, W],
             viewed as [N, A, C, H, W] and permuted to [N, H, W, A, C], is read in place. Or a list,
             one tensor per level of a feature pyramid: the loss is then that of all rows of all
-            levels, which are not concatenated. ``targets`` and ``weight`` are lists as well.
+            levels, which are not concatenated. ``targets`` and ``weight`` are lists as well. Or a
+            DTensor sharded by rows, and so ``targets`` and ``weight``: the loss is one as well,
+            sharded alike or a partial sum.
         targets: either the shape of ``inputs``, bool or floating point in [0, 1] (soft targets
             follow torchvision's formula, and what lies outside is clamped); or integer labels of
             shape ``inputs.shape[:-1]``, where a label in [0, C) is the positive class,
@@ -85,6 +87,11 @@ def sigmoid_focal_loss(
     the incoming one is 1. In fp16, where a scaled gradient could underflow, and under torch.compile
     backward computes the gradient instead. Logits of half precision have a loss exact to 1e-5.
     """
+    if _checks.distributed(inputs):
+        return _sharded(
+            inputs, targets, weight, avg_factor, reduction, alpha=alpha, gamma=gamma,
+            ignore_index=ignore_index, label_smoothing=label_smoothing,
+        )  # fmt: skip
     levels = isinstance(inputs, (list, tuple))
     logits, labels, weights = _levels(inputs, targets, weight)
     if alpha is not None and alpha != -1:
@@ -107,18 +114,19 @@ def sigmoid_focal_loss(
         and all(t.dtype in _checks.INTEGERS for t in labels)
         and logits[0].shape[-1] <= _MOST_CLASSES
     ):
-        gradient = torch.is_grad_enabled() and any(x.requires_grad for x in logits)
+        early = _losses.gradient_with_loss(logits[0].dtype)
+        gradient = early and torch.is_grad_enabled() and any(x.requires_grad for x in logits)
         # Folded into the gradient, where that comes with the loss; autograd does it otherwise.
-        if divisor is not None and _losses.gradient_with_loss(logits[0].dtype):
+        if divisor is not None and early:
             on_device = isinstance(divisor, Tensor)
             tensor, scale = (divisor, 1.0) if on_device else (None, 1 / divisor)
             divisor = None
         else:
             tensor, scale = None, 1.0
-        loss = FocalSum.apply(options, tensor, scale, gradient, *logits, *labels)  # type: ignore[no-untyped-call]
+        loss = FocalSum.apply(options, tensor, scale, gradient, *logits, *labels)
     else:
         losses = [
-            _SigmoidFocal.apply(x, t, w, *options, float(label_smoothing), reduction != "none")  # type: ignore[no-untyped-call]
+            _SigmoidFocal.apply(x, t, w, *options, float(label_smoothing), reduction != "none")
             for x, t, w in zip(logits, labels, weights, strict=True)
         ]
         if reduction == "none":
@@ -127,6 +135,26 @@ def sigmoid_focal_loss(
     if divisor is None:
         return loss
     return loss / (divisor.reshape(()).to(loss.dtype) if isinstance(divisor, Tensor) else divisor)
+
+
+def _sharded(
+    inputs: Any, targets: Any, weight: Any, avg_factor: Any, reduction: str, **options: Any
+) -> Any:
+    """The loss of a DTensor, by rows."""
+    from . import _distributed
+
+    rows = _distributed.Rows("inputs", inputs, -1)
+    divisor = _distributed.whole(avg_factor)
+    if reduction == "mean" and divisor is None:
+        divisor = max(inputs.numel(), 1)
+    loss = sigmoid_focal_loss(
+        *(rows.local("inputs", inputs), rows.local("targets", targets)),
+        weight=rows.local("weight", weight),
+        avg_factor=divisor,
+        reduction=reduction,  # type: ignore[arg-type]
+        **options,
+    )
+    return rows.loss(loss, inputs.shape if reduction == "none" else None)
 
 
 def _levels(
@@ -191,22 +219,18 @@ def _check(inputs: Tensor, targets: Tensor, weight: Tensor | None, at: str = "")
             raise ValueError(f"{name}{at} must not require a gradient (it gets none): detach it")
 
 
-class _SigmoidFocal(torch.autograd.Function):
+class _SigmoidFocal(_autograd.Function):
+    """``apply(inputs, targets, weight, alpha, gamma, ignore_index, label_smoothing, reduce)``."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        inputs: Tensor,
-        targets: Tensor,
-        weight: Tensor | None,
-        alpha: float | None,
-        gamma: float,
-        ignore_index: int,
-        label_smoothing: float,
-        reduce: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(inputs, targets, weight)
-        ctx.options = (alpha, gamma, ignore_index, label_smoothing)
-        return _fwd(inputs, targets, weight, *ctx.options, reduce)
+    def keep(ctx: Any, *args: Any) -> None:
+        ctx.save_for_backward(*args[:3])
+        ctx.options = args[3:-1]
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        _SigmoidFocal.keep(ctx, *args)
+        return _fwd(*args)
 
     @staticmethod
     @_autograd.once_differentiable("sigmoid_focal_loss")
@@ -278,7 +302,8 @@ def _launch_fwd(
     layout = _losses.by_class(inputs, -1)
     settings = FWD.on(inputs)
     programs = _dispatch.cdiv(n, settings["BLOCK"])
-    out = loss.new_empty(programs) if reduce else loss
+    partial = reduce and programs > 1
+    out = loss.new_empty(programs) if partial else loss
     _dispatch.launch(
         focal_fwd_kernel,
         (programs,),
@@ -292,7 +317,7 @@ def _launch_fwd(
         **_constants(inputs, targets, weight, alpha, gamma, ignore_index, label_smoothing),
         **settings,
     )
-    return out.sum() if reduce else loss
+    return out.sum() if partial else loss
 
 
 def _launch_bwd(
@@ -384,6 +409,7 @@ _fwd = _dispatch.register(
     _launch_fwd,
     _reference_fwd,
     lambda inputs, *others: _alloc_loss(inputs, reduce=others[-1]),
+    vmap=_vmap.leading(3, lambda first, *others: not others[-1]),
 )
 _bwd = _dispatch.register(
     "focal_bwd(Tensor grad, Tensor inputs, Tensor targets, Tensor? weight, float? alpha, "
@@ -391,4 +417,6 @@ _bwd = _dispatch.register(
     _launch_bwd,
     _reference_bwd,
     lambda grad, inputs, *_: torch.empty_like(inputs),
+    # Of a loss that is reduced the gradient has no dimensions.
+    vmap=_vmap.leading(4, lambda first, *_: first[0].shape == first[1].shape),
 )

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _losses
 from ._ghm import Ghm
 from ._ghm_table import (
     averaged_table_from,
@@ -44,7 +44,9 @@ def ghmc_loss(
     intervals of [0, 1]; an element weighs ``total / (elements of its bin * bins not empty)``.
 
     Args:
-        pred: logits [..., C], fp16, bf16, fp32 or fp64, any strides.
+        pred: logits [..., C], fp16, bf16, fp32 or fp64, any strides. Or a DTensor sharded by rows
+            over a mesh of one dimension, and so ``target`` and ``label_weight``: that is
+            ``process_group``, with a loss that is sharded alike or a partial sum.
         target: as many dimensions as ``pred``: the same shape, floating point, bool or integer, in
             [0, 1]. One dimension fewer: integer labels, where a label in [0, C) is the positive
             class and any other (C, -1, ...) is background.
@@ -157,6 +159,20 @@ def loss(
     update: bool = True,
 ) -> Tensor:
     """GHM-R with ``mu``, else GHM-C. Without ``update`` no state changes."""
+    if _checks.distributed(pred):
+        from . import _distributed
+
+        rows = _distributed.Rows("pred", pred, -1)
+        if len(rows.placements) != 1:
+            raise ValueError(f"pred must have a mesh of one dimension, got {rows.mesh}")
+        if rows.placements[0].is_shard():
+            process_group = rows.mesh.get_group()
+        part = loss(
+            rows.local("pred", pred), rows.local("target", target),
+            rows.local("label_weight", label_weight), mu, bins, momentum, acc_sum, reduction,
+            loss_weight, _distributed.whole(avg_factor), steps, process_group, update,
+        )  # fmt: skip
+        return rows.loss(part, pred.shape if reduction == "none" else None)
     _check(pred, target, label_weight, mu)
     check_options(mu, bins, momentum, reduction, loss_weight)
     _check_state(pred, bins, momentum, acc_sum, steps)
@@ -195,8 +211,13 @@ def loss(
             divisor = avg_factor
         else:
             scale /= float(avg_factor)
-    gradient = pred.requires_grad and torch.is_grad_enabled()
-    result: Tensor = Ghm.apply(  # type: ignore[no-untyped-call]
+    gradient = (
+        reduction != "none"
+        and pred.requires_grad
+        and torch.is_grad_enabled()
+        and _losses.gradient_with_loss(pred.dtype)
+    )
+    result: Tensor = Ghm.apply(
         pred, target, label_weight, table, divisor, scale, *kind, reduction != "none",
         gradient,
     )  # fmt: skip

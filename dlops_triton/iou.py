@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from . import _autograd, _checks, _dispatch
+from . import _autograd, _checks, _dispatch, _vmap
 from ._settings import Settings
 from .kernels.iou import box_iou_bwd_kernel, box_iou_fwd_kernel, box_iou_penalty_bwd_kernel
 from .reference import iou as reference
@@ -187,20 +186,20 @@ def _check(boxes1: Tensor, boxes2: Tensor, offset: int) -> None:
 def _apply(
     name: str, boxes1: Tensor, boxes2: Tensor, offset: int, kind: str, eps: float = 0.0
 ) -> Tensor:
-    value: Tensor = _BoxIou.apply(  # type: ignore[no-untyped-call]
-        name, boxes1, boxes2, int(offset), kind, float(eps)
-    )
+    value: Tensor = _BoxIou.apply(name, boxes1, boxes2, int(offset), kind, float(eps))
     return value
 
 
-class _BoxIou(torch.autograd.Function):
+class _BoxIou(_autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, op: str, boxes1: Tensor, boxes2: Tensor, offset: int, kind: str, eps: float
-    ) -> Tensor:
+    def keep(ctx: Any, op: str, boxes1: Tensor, boxes2: Tensor, *options: Any) -> None:
         ctx.save_for_backward(boxes1, boxes2)
-        ctx.op, ctx.options = op, (offset, kind, eps)
-        return _fwd(boxes1, boxes2, offset, kind, eps)
+        ctx.op, ctx.options = op, options
+
+    @staticmethod
+    def forward(ctx: Any, op: str, boxes1: Tensor, boxes2: Tensor, *options: Any) -> Tensor:
+        _BoxIou.keep(ctx, op, boxes1, boxes2, *options)
+        return _fwd(boxes1, boxes2, *options)
 
     @staticmethod
     @_autograd.once_differentiable()
@@ -330,6 +329,7 @@ _fwd = _dispatch.register(
     _launch_fwd,
     _reference_fwd,
     _alloc_iou,
+    vmap=_vmap.leading(2),
 )
 _bwd = _dispatch.register(
     "box_iou_bwd(Tensor grad, Tensor own, Tensor other, int offset, str kind, float eps, "
@@ -337,4 +337,5 @@ _bwd = _dispatch.register(
     _launch_bwd,
     _reference_bwd,
     _alloc_grad,
+    vmap=_vmap.leading(3),
 )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from . import _autograd, _checks, _dispatch
+from . import _autograd, _checks, _dispatch, _vmap
 from ._settings import Settings
 from .kernels.iou_loss import iou_loss_bwd_kernel, iou_loss_fwd_kernel
 from .reference import iou_loss as reference
@@ -35,7 +34,8 @@ def generalized_box_iou_loss(
 
     Returns:
         "none": [...] in the dtype of the boxes. "mean", "sum": a scalar, fp32 (fp64 for fp64
-        boxes). Computed in fp32 (fp64 for fp64).
+        boxes). Computed in fp32 (fp64 for fp64). Of DTensors sharded by pairs it is one, sharded
+        alike or a partial sum.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value, named
@@ -113,6 +113,8 @@ def complete_box_iou_loss(
 def _apply(
     op: str, boxes1: Tensor, boxes2: Tensor, kind: str, reduction: str, eps: float
 ) -> Tensor:
+    if _checks.distributed(boxes1):
+        return _sharded(op, boxes1, boxes2, kind, reduction, eps)
     for name, boxes in (("boxes1", boxes1), ("boxes2", boxes2)):
         _checks.tensor(name, boxes)
         if boxes.dim() == 0 or boxes.shape[-1] != 4:
@@ -128,20 +130,33 @@ def _apply(
         )
     _checks.choice("reduction", reduction, ("none", "mean", "sum"))
     _checks.number("eps", eps, 0.0, float("inf"), "at least 0 and finite")
-    loss: Tensor = _IouLoss.apply(  # type: ignore[no-untyped-call]
-        op, boxes1, boxes2, kind, reduction, float(eps)
-    )
+    loss: Tensor = _IouLoss.apply(op, boxes1, boxes2, kind, reduction, float(eps))
     return loss
 
 
-class _IouLoss(torch.autograd.Function):
+def _sharded(op: str, boxes1: Any, boxes2: Any, kind: str, reduction: str, eps: float) -> Any:
+    """The loss of DTensors, pair by pair."""
+    from . import _distributed
+
+    rows = _distributed.Rows("boxes1", boxes1, -1)
+    pairs = rows.local("boxes1", boxes1), rows.local("boxes2", boxes2)
+    if reduction == "mean":
+        loss = _apply(op, *pairs, kind, "sum", eps) / max(boxes1.numel() // 4, 1)
+    else:
+        loss = _apply(op, *pairs, kind, reduction, eps)
+    return rows.loss(loss, boxes1.shape[:-1] if reduction == "none" else None)
+
+
+class _IouLoss(_autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, op: str, boxes1: Tensor, boxes2: Tensor, kind: str, reduction: str, eps: float
-    ) -> Tensor:
+    def keep(ctx: Any, op: str, boxes1: Tensor, boxes2: Tensor, *options: Any) -> None:
         ctx.save_for_backward(boxes1, boxes2)
-        ctx.op, ctx.options = op, (kind, reduction, eps)
-        return _fwd(boxes1, boxes2, kind, reduction, eps)
+        ctx.op, ctx.options = op, options
+
+    @staticmethod
+    def forward(ctx: Any, op: str, boxes1: Tensor, boxes2: Tensor, *options: Any) -> Tensor:
+        _IouLoss.keep(ctx, op, boxes1, boxes2, *options)
+        return _fwd(boxes1, boxes2, *options)
 
     @staticmethod
     @_autograd.once_differentiable()
@@ -261,11 +276,16 @@ def _reference_bwd(
     ]
 
 
+def _not_reduced(_: Any, kind: str, reduction: str, *others: Any) -> bool:
+    return reduction == "none"
+
+
 _fwd = _dispatch.register(
     "iou_loss_fwd(Tensor boxes1, Tensor boxes2, str kind, str reduction, float eps) -> Tensor",
     _launch_fwd,
     _reference_fwd,
     _alloc_loss,
+    vmap=_vmap.leading(2, _not_reduced),
 )
 _bwd = _dispatch.register(
     "iou_loss_bwd(Tensor grad, Tensor boxes1, Tensor boxes2, str kind, str reduction, float eps, "
@@ -273,4 +293,5 @@ _bwd = _dispatch.register(
     _launch_bwd,
     _reference_bwd,
     _alloc_grads,
+    vmap=_vmap.leading(3, _not_reduced),
 )

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch
+from . import _checks, _dispatch, _vmap
 from ._settings import Settings
 from .kernels.match import match_kernel, match_low_quality_kernel
 from .reference import match as reference
@@ -220,4 +220,5 @@ _match = _dispatch.register(
     _launch,
     _reference,
     _alloc,
+    vmap=_vmap.merged(3),
 )

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch, _nms
+from . import _checks, _dispatch, _nms, _vmap
 from .reference import nms as reference
 
 
@@ -288,6 +288,10 @@ _op = _dispatch.register(
     _launch,
     _reference,
     _fake,
+    vmap=_vmap.refused(
+        "torch.vmap does not take nms, the size of whose result depends on data: nms_padded has a "
+        "fixed size, and takes a batch of images"
+    ),
 )
 _padded_op = _dispatch.register(
     "nms_padded(Tensor boxes, Tensor scores, Tensor? idxs, Tensor? valid, float iou_threshold, "
@@ -295,5 +299,5 @@ _padded_op = _dispatch.register(
     _launch_padded,
     _reference_padded,
     _alloc_padded,
-    vmap=4,
+    vmap=_vmap.merged(4),
 )

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import _checks, deform, ghm
+from . import _checks, _scripting, deform, ghm
 from .deform import Pair
 from .reference import ghm as reference
 
@@ -430,3 +430,9 @@ class ModulatedDeformConv2dPack(_Pack):
 def _divisible(name: str, channels: int, by: str, groups: int) -> None:
     if channels % groups:
         raise ValueError(f"{name} must be a multiple of {by}, {groups}, got {channels}")
+
+
+for _module in (GHMC, GHMR, DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack):
+    _module.__prepare_scriptable__ = _scripting.refused(  # type: ignore[union-attr]
+        f"dlops_triton.nn.{_module.__name__}"
+    )

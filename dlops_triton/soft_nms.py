@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch
+from . import _checks, _dispatch, _vmap
 from ._settings import Settings
 from .kernels.soft_nms import soft_nms_kernel
 from .reference import soft_nms as reference
@@ -140,6 +140,7 @@ def _options(
     return float(iou_threshold), float(sigma), float(score_threshold), method, int(offset)
 
 
+@torch.no_grad()  # the graph of torch.export has no detach
 def _run(
     boxes: Tensor,
     scores: Tensor,
@@ -282,6 +283,10 @@ _op = _dispatch.register(
     _launch,
     _reference,
     _fake,
+    vmap=_vmap.refused(
+        "torch.vmap does not take soft_nms, the size of whose result depends on data: "
+        "soft_nms_padded has a fixed size, and takes a batch of images"
+    ),
 )
 _padded_op = _dispatch.register(
     "soft_nms_padded(Tensor boxes, Tensor scores, Tensor? idxs, Tensor? valid, "
@@ -290,5 +295,5 @@ _padded_op = _dispatch.register(
     _launch_padded,
     _reference_padded,
     _alloc_padded,
-    vmap=4,
+    vmap=_vmap.merged(4),
 )

@@ -41,7 +41,9 @@ def softmax_focal_loss(
 
     Args:
         inputs: logits [N, C], [N, C, d1, ...] or [C], fp16, bf16, fp32 or fp64, any strides:
-            channels-last memory and permuted heads are read in place. -inf masks a class.
+            channels-last memory and permuted heads are read in place. -inf masks a class. Or a
+            DTensor, sharded by other dimensions than C, with one for ``targets`` and one per sample
+            for ``weight``: the loss is one as well, sharded alike or a partial sum.
         targets: integer labels [N], [N, d1, ...] or []. One outside [0, C) has no loss and no
             gradient, whether it is ``ignore_index`` or not, and does not count for the mean.
         alpha: None, a factor >= 0 of every loss, or one for each class [C].
@@ -70,6 +72,11 @@ def softmax_focal_loss(
     Differentiating twice raises. Reduced, one launch computes loss and gradient; see
     :func:`sigmoid_focal_loss`.
     """
+    if _checks.distributed(inputs):
+        return _sharded(
+            inputs, targets, alpha, weight, avg_factor, reduction, ignore_index,
+            gamma=gamma, label_smoothing=label_smoothing,
+        )  # fmt: skip
     _check(inputs, targets, alpha, weight)
     _checks.number("gamma", gamma, 0, 1e6, "in [0, 1e6]")
     _checks.number("label_smoothing", label_smoothing, 0, 1 - 2**-53, "in [0, 1)")
@@ -89,7 +96,7 @@ def softmax_focal_loss(
     if reduction == "mean":
         divisor = _divisor(avg_factor, inputs, targets, weight, per_class, ignore_index)
     fold = reduction != "none" and _losses.gradient_with_loss(inputs.dtype)
-    loss: Tensor = _SoftmaxFocal.apply(  # type: ignore[no-untyped-call]
+    loss: Tensor = _SoftmaxFocal.apply(
         inputs,
         targets,
         table,
@@ -99,11 +106,41 @@ def softmax_focal_loss(
         int(ignore_index),
         float(label_smoothing),
         reduction != "none",
-        inputs.requires_grad and torch.is_grad_enabled(),
+        fold and inputs.requires_grad and torch.is_grad_enabled(),
     )
     if reduction == "none":
         return loss.reshape(shape)
     return loss if fold or divisor is None else loss / divisor.to(loss.dtype)
+
+
+def _sharded(
+    inputs: Any,
+    targets: Any,
+    alpha: Any,
+    weight: Any,
+    avg_factor: Any,
+    reduction: str,
+    ignore_index: int,
+    **options: Any,
+) -> Any:
+    """The loss of a DTensor, by rows."""
+    from . import _distributed
+
+    rows = _distributed.Rows("inputs", inputs, min(1, inputs.dim() - 1))
+    x, t = rows.local("inputs", inputs), rows.local("targets", targets)
+    if weight is not None:
+        per_class = weight.shape == inputs.shape[1:2]
+        weight = _distributed.whole(weight) if per_class else rows.local("weight", weight)
+    else:
+        per_class = False
+    divisor = _distributed.whole(avg_factor)
+    if reduction == "mean" and divisor is None:
+        divisor = _not_zero(rows.total(_total(x, t, weight, per_class, ignore_index)))
+    loss = softmax_focal_loss(
+        x, t, _distributed.whole(alpha), reduction=reduction, weight=weight,  # type: ignore[arg-type]
+        avg_factor=divisor, ignore_index=ignore_index, **options,
+    )  # fmt: skip
+    return rows.loss(loss, targets.shape if reduction == "none" else None)
 
 
 def _table(inputs: Tensor, alpha: float | Tensor | None, weight: Tensor | None) -> Tensor | None:
@@ -129,13 +166,25 @@ def _divisor(
     dtype = _dispatch.compute_dtype(inputs.dtype)
     if avg_factor is not None:
         return inputs.new_full((), avg_factor, dtype=dtype)
+    total = _total(inputs, targets, weight, per_class, ignore_index)
+    return total.clamp(min=1) if weight is None else _not_zero(total)
+
+
+def _total(
+    inputs: Tensor, targets: Tensor, weight: Tensor | None, per_class: bool, ignore_index: int
+) -> Tensor:
+    """How many targets count, or what they weigh."""
+    dtype = _dispatch.compute_dtype(inputs.dtype)
     classes = inputs.shape[1]
     counts = (targets != ignore_index) & (targets >= 0) & (targets < classes)
     if weight is None:
-        return counts.sum(dtype=dtype).clamp(min=1)
+        return counts.sum(dtype=dtype)
     if per_class:
         weight = weight[targets.long().clamp(0, classes - 1)]
-    total = torch.where(counts, weight.to(dtype), 0).sum()
+    return torch.where(counts, weight.to(dtype), 0).sum()
+
+
+def _not_zero(total: Tensor) -> Tensor:
     return torch.where(total == 0, 1, total)
 
 
@@ -180,29 +229,21 @@ def _check(
             raise ValueError(f"{name} must not require a gradient (it gets none): detach it")
 
 
-class _SoftmaxFocal(torch.autograd.Function):
+class _SoftmaxFocal(_autograd.Function):
+    """``apply`` of the five tensors, the three options, whether to reduce, and to find the gradient
+    with the loss."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        inputs: Tensor,
-        targets: Tensor,
-        table: Tensor | None,
-        row_weight: Tensor | None,
-        divisor: Tensor | None,
-        gamma: float,
-        ignore_index: int,
-        label_smoothing: float,
-        reduce: bool,
-        wants_gradient: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(inputs, targets, table, row_weight, divisor)
-        ctx.options = (gamma, ignore_index, label_smoothing)
-        ctx.reduce = reduce
-        with_loss = reduce and wants_gradient and _losses.gradient_with_loss(inputs.dtype)
-        loss, dx = _op(
-            inputs, targets, table, row_weight, divisor, *ctx.options, reduce, True, with_loss
-        )
-        _losses.hold(ctx, [dx] if with_loss else [])
+    def keep(ctx: Any, *args: Any) -> None:
+        ctx.save_for_backward(*args[:5])
+        ctx.options = args[5:8]
+        ctx.reduce, ctx.with_loss = args[8:]
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        _SoftmaxFocal.keep(ctx, *args)
+        loss, dx = _op(*args[:-1], True, args[-1])
+        ctx.gradients = [dx]
         return loss
 
     @staticmethod

@@ -50,6 +50,14 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     return KERNEL_DEVICE if request.param == "kernel" else torch.device("cpu")
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """What a user has: the GPU, or without one the reference; for what is above either."""
+    if KERNEL_DEVICE.type == "cpu":
+        monkeypatch.setattr(_dispatch, "cpu_implementation", "reference")
+    return KERNEL_DEVICE
+
+
 @pytest.fixture(autouse=True)
 def known_memory() -> Iterator[None]:
     """One seed; and torch.empty gives NaN or the largest integer: what no kernel wrote shows."""

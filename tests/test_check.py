@@ -17,14 +17,9 @@ import torch
 import dlops_triton
 from dlops_triton import _check_run, _installation, _machine, check
 from dlops_triton._check_cases import CASES, Maker, Output
+from tests.calls import OPS
 
 ROOT = Path(__file__).parents[1]
-FAMILIES = {file.stem for file in (ROOT / "kernels").glob("[a-z]*.py")}
-OPS = {
-    name
-    for name in dlops_triton.__all__
-    if getattr(dlops_triton, name).__module__.rpartition(".")[2] in FAMILIES
-}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

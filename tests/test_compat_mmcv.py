@@ -157,6 +157,8 @@ def test_bbox_overlaps(device: torch.device, dtype: torch.dtype) -> None:
     assert mmcv.bbox_overlaps(empty, b).shape == (0, 4)
     assert mmcv.bbox_overlaps(b, empty).shape == (4, 0)
     assert mmcv.bbox_overlaps(empty, empty, aligned=True).shape == (0,)
+    with pytest.raises(ValueError, match="aligned boxes must be of one number, got 4 and 1"):
+        mmcv.bbox_overlaps(b, b[:1], aligned=True)
     point = of([[2, 2, 2, 2]])
     for aligned in (False, True):
         assert mmcv.bbox_overlaps(point, point, aligned=aligned).sum() == 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dlops_triton
-from dlops_triton import nn
+from dlops_triton import compat, nn
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("**/*.md"))
@@ -23,7 +23,7 @@ ROW = re.compile(r"^\| [^|]* \| `([^`]+)` \| `([^`]+)` \|$", re.M)
 def outcome(expression: str, names: dict[str, Any]) -> str:
     try:
         return repr(eval(expression, names))
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
 
 
@@ -72,3 +72,17 @@ def test_every_public_name_is_on_some_page() -> None:
     assert len(public) > 20
     missing = set().union(*map(paths, public)) - shown
     assert not missing
+
+
+def test_every_difference_is_on_its_page() -> None:
+    """What says in its docstring that it differs from its peer is named there."""
+    text = (DOCS / "differences.md").read_text(encoding="utf-8")
+    names: dict[Any, list[str]] = {}  # of what two libraries share, both
+    for library in compat.__all__:
+        module = getattr(compat, library)
+        for name in module.__all__:
+            value = getattr(module, name)
+            if "Differs from" in (value.__doc__ or ""):
+                names.setdefault(value, []).append(f"`{library}.{name}`")
+    assert len(names) > 15
+    assert not [n for n in names.values() if not any(name in text for name in n)]

@@ -35,8 +35,9 @@ class MaxIoUAssigner:
         iou_calculator: must be ``{"type": "BboxOverlaps2D"}``.
         perm_repeat_gt_cfg: must be None.
 
-    The answer is mmdet's, bit for bit, but for unions below 1e-6, which mmdet raises to that, and
-    for half-precision boxes, whose IoU is fp32 here.
+    Differs from mmdet's only in the overlaps: unions below 1e-6, which mmdet raises to that; half
+    precision, in which mmdet computes areas; and NaN coordinates, which mmdet spreads over all
+    anchors, and which here match nothing. Else the answer is the same, bit for bit.
     """
 
     def __init__(

@@ -75,7 +75,8 @@ def sigmoid_focal_loss(
     Returns:
         The loss, fp32 whatever the dtype of inputs.
 
-    Differs from fvcore: an unknown reduction raises; gradients are finite for every gamma.
+    Differs from fvcore: an unknown reduction and an ``alpha`` above 1 raise; gradients are finite
+    for every gamma; the mean of nothing is 0, not NaN.
     """
     return torchvision.sigmoid_focal_loss(inputs.float(), targets.float(), alpha, gamma, reduction)
 
@@ -94,7 +95,8 @@ def giou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: floa
     Returns:
         The loss, fp32, or fp64 for fp64 boxes.
 
-    Differs from fvcore: it does not wait for the GPU to see whether boxes are inside out.
+    Differs from fvcore: it does not wait for the GPU to see whether boxes are inside out, which
+    raises there; fp16 boxes are computed in fp32, where fvcore's areas overflow.
     """
     return torchvision.generalized_box_iou_loss(boxes1, boxes2, reduction, eps)
 
@@ -143,6 +145,9 @@ def deform_conv(
 
     Returns:
         [B, Co, Ho, Wo] in the dtype of offset.
+
+    Differs from detectron2: coordinates are fp32 in half precision; on a CPU there is a gradient,
+    and any ``deformable_groups``.
     """
     return deform_conv2d(
         input, offset, weight, stride, padding, dilation, groups, deformable_groups
@@ -169,6 +174,8 @@ def modulated_deform_conv(
 
     Returns:
         [B, Co, Ho, Wo] in the dtype of offset.
+
+    Differs from detectron2 as :func:`deform_conv`; there it has no CPU version at all.
     """
     return modulated_deform_conv2d(
         *(input, offset, mask, weight, bias),

@@ -154,7 +154,8 @@ def sigmoid_focal_loss(
         ValueError: ``avg_factor`` with "sum", another reduction, or a wrong shape.
 
     Differs from mmdet's where :func:`dlops_triton.compat.mmcv.sigmoid_focal_loss` differs from
-    mmcv's; half precision is reduced in fp32; the mean of nothing is 0, not NaN.
+    mmcv's. Half precision is reduced in fp32; the mean of nothing is 0, not NaN; a label of -1 is
+    background on a CPU as well, where mmdet raises.
     """
     _check(reduction, avg_factor)
     if weight is not None and not weight.is_floating_point():
@@ -273,7 +274,7 @@ def giou_loss(
         weight: [N] or None.
         reduction: "none", "sum" or "mean".
         avg_factor: divisor of "mean" instead of N; it is not read on the host.
-        eps: added to the denominators, which mmdet raises to it: the values differ by eps / area.
+        eps: added to the denominators.
 
     Returns:
         "none": [N] in the wider dtype of pred and target. "sum", "mean": a scalar, fp32 (fp64 for
@@ -281,6 +282,9 @@ def giou_loss(
 
     Raises:
         ValueError: ``avg_factor`` with "sum", another reduction, or a wrong shape.
+
+    Differs from mmdet's: denominators below ``eps`` are raised to it there, so the values differ by
+    eps / area; half precision is reduced in fp32; the mean of nothing is 0, not NaN.
     """
     return _box_loss(generalized_box_iou_loss, pred, target, weight, reduction, avg_factor, eps)
 
@@ -301,6 +305,9 @@ def diou_loss(
 
     Returns:
         As :func:`giou_loss`.
+
+    Differs from mmdet's: the arithmetic is fp32 in half precision, where areas overflow from a side
+    of 256 on; the mean of nothing is 0, not NaN.
     """
     return _box_loss(distance_box_iou_loss, pred, target, weight, reduction, avg_factor, eps)
 
@@ -337,13 +344,16 @@ class GIoULoss(_IoULoss):
         eps, reduction: as there.
         loss_weight: factor of the result.
 
-    Nothing waits for the GPU, where mmdet's asks whether any weight is above 0 and, if none is,
-    gives the sum of pred times weight: 0, but for negative weights, and a scalar also of "none".
+    Differs from mmdet's, which waits for the GPU to see whether a weight is above 0, and where none
+    is gives a scalar, also of "none": the sum of pred times weight.
     """
 
 
 class DIoULoss(_IoULoss):
-    """mmdet's ``DIoULoss``: :func:`diou_loss` with its settings; as :class:`GIoULoss`."""
+    """mmdet's ``DIoULoss``: :func:`diou_loss` with its settings; as :class:`GIoULoss`.
+
+    Differs from mmdet's as that does.
+    """
 
 
 def bbox_overlaps(
@@ -370,6 +380,7 @@ def bbox_overlaps(
 
     Differs from mmdet, each with each: a union below ``eps`` is taken as it is, so that boxes of
     normalized coordinates with a side of 0.001 have their IoU. A union of 0 gives 0 in either.
+    Areas are fp32 in half precision, where mmdet's fp16 overflows from a side of 256 on.
     """
     if mode not in ("iou", "iof", "giou"):
         raise ValueError(f"mode must be one of 'iou', 'iof', 'giou', got {mode!r}")

@@ -59,7 +59,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         RuntimeError: a tensor of the wrong shape, dtype or device.
 
     Differs from torchvision: NaN scores come last, not first; equal scores in order of index on
-    every device; bf16 works on a GPU; a negative threshold is refused.
+    every device; the threshold is fp32, as torchvision's on a GPU, where its fp64 one on a CPU has
+    an fp32 IoU of 0.3 above 0.3; bf16 works, and fp16 on a CPU; a negative threshold is refused.
     """
     return _nms(boxes, scores, iou_threshold)
 
@@ -169,8 +170,9 @@ def sigmoid_focal_loss(
         ValueError: ``alpha``, ``gamma`` or ``reduction`` out of range, or a wrong shape.
 
     Differs from torchvision: the arithmetic is fp32 whatever the dtype, so half-precision losses of
-    easy examples keep their digits; gradients are finite for every gamma; the mean of nothing is 0,
-    not NaN; differentiating twice raises.
+    easy examples keep their digits; gradients are finite for every gamma, and a negative one is
+    refused; ``targets`` get no gradient; the mean of nothing is 0, not NaN; differentiating twice
+    raises.
     """
     return _sigmoid_focal_loss(inputs, targets, alpha, gamma, reduction)
 
@@ -254,7 +256,9 @@ def deform_conv2d(
         RuntimeError: a tensor of the wrong shape, dtype or device.
 
     Differs from torchvision: coordinates are fp32 whatever the dtype; the gradient at y = -1 or
-    x = -1 is 0, as the value is; differentiating twice raises, as there.
+    x = -1 is 0, as the value is; bf16 works on a CPU; the backward obeys
+    ``torch.use_deterministic_algorithms(True)``, which torchvision's refuses on a GPU.
+    Differentiating twice raises, as there.
     """
     return _deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
 
