@@ -99,8 +99,8 @@ def test_integer_boxes(device: torch.device, dtype: torch.dtype) -> None:
     same = tv.distance_box_iou_loss(a, a)
     assert torch.equal(same, dlops_triton.distance_box_iou_loss(a.float(), a.float()))
     if dtype == torch.int64:  # areas that fp32 does not hold
-        a = torch.tensor([[0, 0, 2**26 + 1, 2**26 + 1], [0, 0, 2**26, 2**26]], device=device)
-        assert tv.box_iou(a, a)[0, 1] == torch.tensor(2**52 / (2**26 + 1) ** 2)
+        a = torch.tensor([[0, 0, 2**24 + 1, 2**24 + 1], [0, 0, 2**24, 2**24]], device=device)
+        assert tv.box_iou(a, a)[0, 1] == torch.tensor(2**48 / (2**24 + 1) ** 2) != 1
 
 
 def test_formats_and_broadcasting(device: torch.device) -> None:
@@ -115,6 +115,8 @@ def test_formats_and_broadcasting(device: torch.device) -> None:
     losses = tv.generalized_box_iou_loss(a, b[0])
     assert torch.equal(losses, tv.generalized_box_iou_loss(a, b[0].expand(5, 4)))
     assert tv.complete_box_iou_loss(a[0], b[0]).shape == ()
+    for function in (tv.box_iou, tv.generalized_box_iou_loss):
+        assert torch.equal(function(a, a.double()), function(a.double(), a.double()))
     with pytest.raises(ValueError, match="fmt must be one of 'xyxy', 'xywh', 'cxcywh', got 'yx'"):
         tv.box_iou(a, b, "yx")
 
@@ -179,7 +181,9 @@ def test_nms_takes_what_torchvision_takes(device: torch.device) -> None:
     want = dlops_triton.nms(a, scores, 0.3)
     assert torch.equal(tv.nms(a, scores, 0.3), want)
     assert torch.equal(tv.nms(a, scores, torch.tensor(0.3)), want)  # type: ignore[arg-type]
-    assert torch.equal(tv.nms(a, scores, 1.5), scores.argsort(descending=True, stable=True))
+    by_score = scores.argsort(descending=True, stable=True)
+    assert torch.equal(tv.nms(a, scores, 1.5), by_score)
+    assert torch.equal(tv.batched_nms(a, scores, by_score, 1.5), by_score)
     assert tv.batched_nms(a[:0], None, None, None).shape == (0,)  # type: ignore[arg-type]
     classes = torch.arange(40, device=device) % 3
     want = dlops_triton.batched_nms(a, scores, classes, 0.3)
