@@ -375,6 +375,15 @@ def test_deform_layers(device: torch.device) -> None:
     assert wide.shape == (2, 6, 2, 6)
     # Everything becomes the offset's dtype.
     assert mmcv.deform_conv2d(x, offset.half(), layer.weight, 1, 1, 1, 2, 2).dtype == torch.half
+    halves = mmcv.modulated_deform_conv2d(
+        *(x, offset.half(), mask, second.weight, second.bias, 1, 1, 1, 2, 2)
+    )
+    assert halves.dtype == torch.half
+    torch.testing.assert_close(halves.double(), want, rtol=0.01, atol=0.02)
+    # What mmcv's ConvModule looks for.
+    for module in (layer, second):
+        assert not module.transposed
+        assert module.output_padding == (0,)
     with pytest.raises(ValueError, match="deform_groups must agree with offset of shape"):
         mmcv.deform_conv2d(x, offset, layer.weight, 1, 1, 1, 2, 1)
     with pytest.raises(ValueError, match="groups must agree with weight of shape"):

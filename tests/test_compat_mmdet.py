@@ -145,6 +145,9 @@ def test_box_losses(device: torch.device, kind: str) -> None:
         torch.testing.assert_close(function(a, b, value, "sum"), want)
         torch.testing.assert_close(function(a, b, value, "none"), each * factor)
         torch.testing.assert_close(module(a, b, value, avg_factor=5), 2 * want / 5)
+        for options in ({}, {"reduction": "sum"}, {"avg_factor": 3.0}):
+            of_eps = function(a, b, value, eps=500.0, **options)
+            assert not torch.isclose(of_eps, function(a, b, value, **options), rtol=1e-3)
     # What a half-precision prediction is compared with is not rounded.
     far, near = a.detach() + 1000, b + 1000.3
     got = function(far.bfloat16(), near, reduction="none")
@@ -269,6 +272,8 @@ def test_detectron2_boxes(device: torch.device) -> None:
     idxs = torch.arange(30, device=device) % 2
     got = detectron2.batched_nms(a.half(), scores, idxs, 0.3)
     assert torch.equal(got, dlops_triton.batched_nms(a.half().float(), scores, idxs, 0.3))
+    whole = detectron2.batched_nms(a.long(), scores, idxs, 0.3)
+    assert torch.equal(whole, dlops_triton.batched_nms(a.long().float(), scores, idxs, 0.3))
     one, two = SimpleNamespace(tensor=a), SimpleNamespace(tensor=a[:4])
     assert torch.equal(detectron2.pairwise_iou(one, two), dlops_triton.box_iou(a, a[:4]))
     point = SimpleNamespace(tensor=torch.full((1, 4), 3.0, device=device))
@@ -279,7 +284,8 @@ def test_detectron2_losses(device: torch.device) -> None:
     x, t = torch.randn(6, 3, device=device), torch.rand(6, 3, device=device)
     want = dlops_triton.sigmoid_focal_loss(x, t, alpha=None, reduction="sum")
     torch.testing.assert_close(detectron2.sigmoid_focal_loss(x, t, reduction="sum"), want)
-    assert detectron2.sigmoid_focal_loss_jit(x.half(), t).dtype == torch.float32
+    assert detectron2.sigmoid_focal_loss_jit(x.half(), t.half()).dtype == torch.float32
+    assert detectron2.sigmoid_focal_loss(x, t.double()).dtype == torch.float32
     a, b = boxes(6, device), boxes(6, device)
     for function, native in (
         (detectron2.giou_loss, dlops_triton.generalized_box_iou_loss),
