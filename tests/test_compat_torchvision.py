@@ -189,6 +189,7 @@ def test_nms_takes_what_torchvision_takes(device: torch.device) -> None:
     want = dlops_triton.batched_nms(a, scores, classes, 0.3)
     for dtype in (torch.uint8, torch.int16, torch.int32, torch.float32, torch.half):
         assert torch.equal(tv.batched_nms(a, scores, classes.to(dtype), 0.3), want)
+    assert torch.equal(tv.batched_nms(a, scores, classes / 4, 0.3), want)
     same = dlops_triton.batched_nms(a, scores, (classes > 0).long(), 0.3)
     assert torch.equal(tv.batched_nms(a, scores, classes > 0, 0.3), same)
 

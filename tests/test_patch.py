@@ -137,10 +137,14 @@ def test_modules_that_mind(tv: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     odd = Odd("odd")
     vars(odd)["nms"] = original = tv.nms
     monkeypatch.setitem(sys.modules, "odd", odd)
-    monkeypatch.setitem(sys.modules, "odder", tv.box_iou)
+    monkeypatch.setitem(sys.modules, "odder", object())  # type: ignore[arg-type]
+    own = types.ModuleType("dlops_triton.made_up")  # what is compared with theirs
+    vars(own)["nms"] = tv.nms
+    monkeypatch.setitem(sys.modules, own.__name__, own)
     with dlops_triton.patch("torchvision") as done:
         assert "odd.nms" in done.replaced["nms"]
         assert odd.nms is tv.nms is not original
+        assert own.nms is original
     assert odd.nms is original
 
 
@@ -266,6 +270,9 @@ def test_methods_reach_existing_objects(monkeypatch: pytest.MonkeyPatch) -> None
         assert loss.forward(x, y) == "original FocalLoss.forward"
     loss.activated = False
     assert loss.forward(x, y) == "original FocalLoss.forward"
+    with dlops_triton.patch("mmdet"):
+        top.FocalLoss.forward = lambda *_: "someone else's"
+    assert loss.forward(x, y) == "someone else's"
 
 
 def test_what_is_not_covered_goes_to_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,9 +308,24 @@ def test_what_is_not_covered_goes_to_the_original(monkeypatch: pytest.MonkeyPatc
             calculator.dtype = dtype
             vars(assigner).update(iou_calculator=calculator, neg_iou_thr=negative, pos_iou_thr=best)
             assert assigner.assign(assigned, assigned) == "original MaxIoUAssigner.assign"
-        vars(assigner).update(neg_iou_thr=0.4, pos_iou_thr=0.5, ignore_iof_thr=-1)
-        vars(assigner).update(match_low_quality=True)
+        covered = {"neg_iou_thr": 0.4, "pos_iou_thr": 0.5, "ignore_iof_thr": -1}
+        vars(assigner).update(covered, match_low_quality=True)
         assert assigner.assign(assigned, assigned) == "ours"
+        for name, value in (
+            ("gt_max_assign_all", False),
+            ("perm_repeat_gt_cfg", {}),
+            ("iou_calculator", types.SimpleNamespace(dtype=None)),
+            ("min_pos_iou", -1.0),
+        ):
+            with monkeypatch.context() as only_here:
+                only_here.setattr(assigner, name, value, raising=False)
+                assert assigner.assign(assigned, assigned) == "original MaxIoUAssigner.assign"
+
+        class Mine(det.MaxIoUAssigner):
+            def assign_wrt_overlaps(self) -> None: ...
+
+        assigner.__class__ = Mine
+        assert assigner.assign(assigned, assigned) == "original MaxIoUAssigner.assign"
 
 
 def test_rotated_boxes_go_to_torchvision(tv: Any) -> None:
@@ -365,6 +387,7 @@ def test_mmcv_lite() -> None:
             RuntimeError, match=r"mmcv's roi_align_forward needs .*has 'nms', 'soft_nms'"
         ):
             roi_align(BOXES)
+        assert not hasattr(sys.modules["mmcv._ext"], "__file__")
         assert sys.modules["mmcv._ext"].get_compiler_version() == "not compiled"
         assert dlops_triton.install_mmcv_ops().replaced == {}
     from mmcv.ops import nms as original  # type: ignore[import-not-found]
