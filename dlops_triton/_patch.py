@@ -244,7 +244,7 @@ def patch(library: str, ops: Sequence[str] | None = None) -> Patch:
     Raises:
         ValueError: an unknown library or op.
         ModuleNotFoundError: the library is not installed, or cannot be imported.
-        RuntimeError: its release is not known, or an op does not have the signature that is known.
+        RuntimeError: its release is not known, or an op is not there, or has another signature.
             Nothing has been replaced then.
 
     Functions are replaced in the globals of all modules that hold them, those of the program
