@@ -52,8 +52,12 @@ class FocalSum(_autograd.Function):
         divisor: Tensor | None,
         scale: float,
         with_gradient: bool,
-        *tensors: Tensor,
+        first: Tensor,
+        *others: Tensor,
     ) -> Tensor:
+        # ``first`` because torch.compile, where nothing needs a gradient, takes ctx for an argument
+        # too many if without it there are as many arguments as parameters.
+        tensors = first, *others
         FocalSum.keep(ctx, options, divisor, scale, with_gradient, *tensors)
         inputs, labels = _halves(tensors)
         loss, ctx.gradients = _sum(inputs, labels, divisor, scale, *options, with_gradient)

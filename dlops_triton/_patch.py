@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,30 +48,36 @@ def _functions(namespace: Any, modules: dict[str, str]) -> dict[str, _Op]:
 def _batched_nms_takes(
     boxes: Any, scores: Any, idxs: Any, nms_cfg: Any, class_agnostic: bool = False
 ) -> bool:
-    kind = "nms" if nms_cfg is None else nms_cfg.get("type", "nms")
-    return (kind if isinstance(kind, str) else kind.__name__) in ("nms", "soft_nms")
+    return nms_cfg is None or mmcv.nms_type(nms_cfg) in ("nms", "soft_nms")
 
 
-def _focal_loss_takes(self: Any, *_: Any, **__: Any) -> bool:
-    return bool(self.use_sigmoid) and not self.activated
+def _focal_loss_takes(
+    self: Any, pred: Any, target: Any, weight: Any = None, *_: Any, **__: Any
+) -> bool:
+    learnt = target.requires_grad or (weight is not None and weight.requires_grad)
+    return bool(self.use_sigmoid) and not self.activated and not learnt
 
 
 def _overlaps_take(
     bboxes1: Any, bboxes2: Any, mode: str = "iou", is_aligned: bool = False, eps: float = 1e-6
 ) -> bool:
-    return not is_aligned and bboxes1.is_floating_point() and bboxes2.is_floating_point()
+    # ``eps``, which is not used each with each, is what no area of pixels is below.
+    return not is_aligned and eps <= 1e-6
 
 
 def _assigner_takes(self: Any, *_: Any, **__: Any) -> bool:
     calculator = self.iou_calculator
-    negative = self.neg_iou_thr
+    # A list, or an integer, which mmdet takes for no threshold.
+    negative = self.neg_iou_thr[-1] if isinstance(self.neg_iou_thr, tuple) else self.neg_iou_thr
     return (
         type(self).assign_wrt_overlaps.__module__.startswith("mmdet.")
         and type(calculator).__name__ == "BboxOverlaps2D"
         and calculator.dtype is None
         and self.gt_max_assign_all
         and getattr(self, "perm_repeat_gt_cfg", None) is None
-        and (negative[1] if isinstance(negative, tuple) else negative) <= self.pos_iou_thr
+        and isinstance(negative, float)
+        and 0 <= negative <= self.pos_iou_thr <= 1
+        and 0 <= self.min_pos_iou <= 1
     )
 
 
@@ -187,13 +194,12 @@ class Patch:
 
         What someone else has replaced since then stays.
         """
-        for owner, name, original, replacement in reversed(self._undo):
-            if owner is not None:
-                if vars(owner).get(name) is replacement:
-                    setattr(owner, name, original)
-                continue
-            for module, key in _places(replacement):
-                setattr(module, key, original)
+        for owner, name, original, replacement in self._undo:
+            if owner is not None and vars(owner).get(name) is replacement:
+                setattr(owner, name, original)
+        originals = {id(replacement): original for _, _, original, replacement in self._undo}
+        for module, key, replacement in _places([undone[3] for undone in self._undo]):
+            vars(module)[key] = originals[id(replacement)]
         self._undo.clear()
 
     def __enter__(self) -> Patch:
@@ -238,7 +244,7 @@ def patch(library: str, ops: Sequence[str] | None = None) -> Patch:
     Raises:
         ValueError: an unknown library or op.
         ModuleNotFoundError: the library is not installed, or cannot be imported.
-        RuntimeError: its release is not known, or an op does not have the signature that is known.
+        RuntimeError: its release is not known, or an op is not there, or has another signature.
             Nothing has been replaced then.
 
     Functions are replaced in the globals of all modules that hold them, those of the program
@@ -262,15 +268,16 @@ def patch(library: str, ops: Sequence[str] | None = None) -> Patch:
             continue
         _check_signature(done, op, original, peer.ops[op].replacement)
         found.append((op, owner, name, original, _prepared(peer.ops[op], original)))
+    places = _places([original for _, owner, _, original, _ in found if owner is None])
     for op, owner, name, original, replacement in found:
         if owner is not None:
             setattr(owner, name, replacement)
             done.replaced[op] = [f"{owner.__module__}.{owner.__name__}.{name}"]
         else:
-            places = list(_places(original))
-            for module, key in places:
-                setattr(module, key, replacement)
-            done.replaced[op] = sorted(f"{module.__name__}.{key}" for module, key in places)
+            held = [(module, key) for module, key, function in places if function is original]
+            for module, key in held:
+                vars(module)[key] = replacement
+            done.replaced[op] = sorted(f"{module.__name__}.{key}" for module, key in held)
         done._undo.append((owner, name, original, replacement))
     return done
 
@@ -295,6 +302,8 @@ def install_mmcv_ops() -> Patch:
     if "mmcv._ext" not in sys.modules and importlib.util.find_spec("mmcv._ext") is None:
         stand_in = types.ModuleType("mmcv._ext", "Stands in for mmcv's compiled extension.")
         stand_in.__getattr__ = _absent  # type: ignore[method-assign]
+        for name in ("get_compiler_version", "get_compiling_cuda_version"):
+            setattr(stand_in, name, lambda: "not compiled")  # what collect_env prints
         sys.modules["mmcv._ext"] = stand_in
         vars(importlib.import_module("mmcv"))["_ext"] = stand_in
     return patch("mmcv")
@@ -343,7 +352,7 @@ def _imported(library: str, module: str) -> types.ModuleType:
             ) from error
         why = "is not installed" if error.name == library else f"cannot be imported: {error}"
         raise ModuleNotFoundError(f"{library} {why}", name=error.name) from error
-    except (ImportError, RuntimeError) as error:  # torchvision built for another torch
+    except Exception as error:  # torchvision for another torch, mmdet for another mmcv
         raise ModuleNotFoundError(f"{library} cannot be imported: {error}", name=library) from error
 
 
@@ -351,8 +360,11 @@ def _resolve(library: str, op: _Op) -> tuple[type | None, str, Function]:
     """The class of a method, or None; the attribute's name; and what it is now."""
     module = _imported(library, op.module)
     owner_name, _, name = op.name.rpartition(".")
-    owner = getattr(module, owner_name) if owner_name else None
-    return owner, name, getattr(owner or module, name)
+    owner = getattr(module, owner_name, None) if owner_name else None
+    found = getattr(owner if owner_name else module, name, None)
+    if found is None:
+        raise RuntimeError(f"{library} has no {op.module}.{op.name}, which is to be replaced")
+    return owner, name, found
 
 
 def _check_signature(done: Patch, op: str, original: Function, replacement: Function) -> None:
@@ -394,27 +406,35 @@ def _prepared(op: _Op, original: Function) -> Function:
             *(source.__defaults__, source.__closure__),
         )
         replacement.__kwdefaults__ = source.__kwdefaults__
-    for name in ("__module__", "__name__", "__qualname__", "__doc__", "__annotations__"):
+    for name in ("__name__", "__doc__", "__annotations__"):
         setattr(replacement, name, getattr(source, name))
     replacement.__dict__.update(vars(source))
+    # A pickle refers to it by the original's name.
+    replacement.__module__, replacement.__qualname__ = op.module, op.name
     replacement._dlops_original = original  # type: ignore[attr-defined]
     return replacement
 
 
 def _falling_back(source: Function, takes: Function, original: Function) -> types.FunctionType:
+    @functools.wraps(source)
     def replacement(*args: Any, **kwargs: Any) -> Any:
         return (source if takes(*args, **kwargs) else original)(*args, **kwargs)
 
     return replacement  # type: ignore[return-value]
 
 
-def _places(function: Function) -> Iterator[tuple[types.ModuleType, str]]:
-    """The globals that are ``function``."""
-    # A module may have several names, as __main__ does.
-    modules = {id(module): (name, module) for name, module in sys.modules.items()}
-    for name, module in list(modules.values()):
-        if name.partition(".")[0] == "dlops_triton" or not isinstance(module, types.ModuleType):
-            continue
-        for key, value in list(vars(module).items()):
-            if value is function:
-                yield module, key
+def _places(functions: Iterable[Function]) -> list[tuple[types.ModuleType, str, Function]]:
+    """The globals that are one of the functions, and which."""
+    wanted = {id(function) for function in functions}
+    # By identity: a module may have several names, as __main__ does. Copies: threads may import.
+    modules = {
+        id(module): module
+        for name, module in sys.modules.copy().items()
+        if isinstance(module, types.ModuleType) and name.partition(".")[0] != "dlops_triton"
+    }
+    return [
+        (module, key, value)
+        for module in modules.values()
+        for key, value in vars(module).copy().items()
+        if id(value) in wanted
+    ]

@@ -376,7 +376,7 @@ def _reference_fwd(
     )
     if reduce:
         return _dispatch.from_numpy(loss.sum(), _dispatch.compute_dtype(inputs.dtype))
-    return _alloc_loss(inputs, reduce).copy_(torch.from_numpy(loss))
+    return _alloc_loss(inputs, reduce).copy_(_dispatch.from_numpy(loss, torch.float64))
 
 
 def _reference_bwd(

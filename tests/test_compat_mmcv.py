@@ -156,10 +156,19 @@ def test_bbox_overlaps(device: torch.device, dtype: torch.dtype) -> None:
     empty = torch.tensor([], device=device)
     assert mmcv.bbox_overlaps(empty, b).shape == (0, 4)
     assert mmcv.bbox_overlaps(b, empty).shape == (4, 0)
+    assert mmcv.bbox_overlaps(empty, empty, aligned=True).shape == (0,)
+    with pytest.raises(ValueError, match="aligned boxes must be of one number, got 4 and 1"):
+        mmcv.bbox_overlaps(b, b[:1], aligned=True)
     point = of([[2, 2, 2, 2]])
     for aligned in (False, True):
         assert mmcv.bbox_overlaps(point, point, aligned=aligned).sum() == 0
         assert mmcv.bbox_overlaps(b, b, "iof", aligned).dtype == dtype
+        with pytest.raises(
+            TypeError, match=r"boxes1 must have one of the dtypes .* got torch\.int64"
+        ):
+            mmcv.bbox_overlaps(b.long(), b.long(), aligned=aligned)
+        with pytest.raises(ValueError, match=r"offset must be one of 0, 1, got 0\.5"):
+            mmcv.bbox_overlaps(b, b, aligned=aligned, offset=0.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
@@ -261,6 +270,16 @@ def test_soft_nms_is_mmcvs_loop(device: torch.device, method: str) -> None:
     assert len(inds) == 1  # the first box is not compared with min_score
     with pytest.raises(ValueError, match="method must be one of 'naive', 'linear', 'gaussian'"):
         mmcv.soft_nms(grid, scores, method="hard")
+    with pytest.raises(ValueError, match=r"min_score must be at least 0 and finite, got -1\.0"):
+        mmcv.soft_nms(grid, scores, min_score=-1.0)
+    with pytest.raises(ValueError, match=r"iou_threshold must be in \[0, 1\], got 2"):
+        mmcv.soft_nms(grid, scores, 2)
+
+
+def test_a_score_of_exactly_min_score_stays() -> None:
+    apart = torch.tensor([[0.0, 0, 1, 1], [2, 2, 3, 3], [4, 4, 5, 5]])
+    scores = torch.tensor([0.9, 0.3, 0.3 - 2**-25])
+    assert mmcv.soft_nms(apart, scores, min_score=0.3)[1].tolist() == [0, 1]
 
 
 def test_nms_options(device: torch.device) -> None:
@@ -310,11 +329,11 @@ def test_focal_conventions(device: torch.device) -> None:
     """The mean is over N; a class weight multiplies the row of its label; others are background."""
     x = torch.randn(6, 3, device=device)
     y = torch.tensor([0, 1, 2, 3, -1, -100], device=device)
-    weight = torch.tensor([1.0, 2, 3], device=device)
+    weight = torch.tensor([1.0, 2, 4], device=device)
     each = mmcv.sigmoid_focal_loss(x, y, 2.0, 0.25, None, "none")
     assert torch.equal(each, dlops_triton.sigmoid_focal_loss(x, y.clamp(min=-1)))
     weighted = mmcv.sigmoid_focal_loss(x, y, 2.0, 0.25, weight, "none")
-    row = torch.tensor([[1.0], [2], [3], [1], [1], [1]], device=device)
+    row = torch.tensor([[1.0], [2], [4], [1], [1], [1]], device=device)
     torch.testing.assert_close(weighted, each * row)
     for value, total in ((None, each), (weight, weighted)):
         for reduction, divisor in (("mean", 6), ("sum", 1)):
@@ -326,6 +345,13 @@ def test_focal_conventions(device: torch.device) -> None:
     p = x.softmax(1)[range(3), range(3)]
     torch.testing.assert_close(each[:3], -0.25 * weight * (1 - p) ** 2 * p.log())
     torch.testing.assert_close(mmcv.softmax_focal_loss(x, y, weight=weight), each.sum() / 6)
+    for function in (mmcv.sigmoid_focal_loss, mmcv.softmax_focal_loss):
+        assert function(x[:0], y[:0]) == 0
+        for bad in (weight[:2], torch.ones(6, device=device), each):
+            with pytest.raises(ValueError, match=r"weight must have shape \(3,\), one per class"):
+                function(x, y, 2.0, 0.25, bad)
+        with pytest.raises(ValueError, match=r"input must have shape \[N, C\], got \(3,\)"):
+            function(x[0], y, 2.0, 0.25, weight)
     module = mmcv.SigmoidFocalLoss(2.0, 0.25, weight)
     assert list(module.state_dict()) == ["weight"]
     assert repr(module) == "SigmoidFocalLoss(gamma=2.0, alpha=0.25, reduction=mean)"
@@ -349,10 +375,26 @@ def test_deform_layers(device: torch.device) -> None:
     assert wide.shape == (2, 6, 2, 6)
     # Everything becomes the offset's dtype.
     assert mmcv.deform_conv2d(x, offset.half(), layer.weight, 1, 1, 1, 2, 2).dtype == torch.half
+    halves = mmcv.modulated_deform_conv2d(
+        *(x, offset.half(), mask, second.weight, second.bias, 1, 1, 1, 2, 2)
+    )
+    assert halves.dtype == torch.half
+    torch.testing.assert_close(halves.double(), want, rtol=0.01, atol=0.02)
+    # What mmcv's ConvModule looks for.
+    for module in (layer, second):
+        assert not module.transposed
+        assert module.output_padding == (0,)
     with pytest.raises(ValueError, match="deform_groups must agree with offset of shape"):
         mmcv.deform_conv2d(x, offset, layer.weight, 1, 1, 1, 2, 1)
     with pytest.raises(ValueError, match="groups must agree with weight of shape"):
         mmcv.deform_conv2d(x, offset, layer.weight, 1, 1, 1, 1, 2)
+    with pytest.raises(ValueError, match="must have four dimensions, got shapes"):
+        mmcv.deform_conv2d(x, offset, layer.weight[0])
+    packs = mmcv.DeformConv2dPack(4, 4, 3), mmcv.ModulatedDeformConv2dPack(4, 4, 3)
+    for pack, draw in zip(packs, ("init_offset", "init_weights"), strict=True):
+        torch.nn.init.ones_(pack.conv_offset.weight)
+        getattr(pack, draw)()
+        assert not pack.conv_offset.weight.any()
     with pytest.raises(ValueError, match="bias must be False"):
         mmcv.DeformConv2d(4, 6, 3, bias=True)
     with pytest.warns(DeprecationWarning, match="deformable_groups is called deform_groups now"):

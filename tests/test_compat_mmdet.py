@@ -71,6 +71,7 @@ def test_signatures() -> None:
 def test_focal_loss(device: torch.device) -> None:
     x = torch.randn(12, 4, device=device, requires_grad=True)
     y = torch.arange(12, device=device) % 6 - 1  # -1 and 4 are background
+    y[6] = -100  # as well
     dense = torch.nn.functional.one_hot(y.clamp(min=0), 5)[:, :4] * (y >= 0)[:, None]
     each = dlops_triton.sigmoid_focal_loss(x, dense.float()).detach()
     rows, elements = torch.rand(12, device=device), torch.rand(12, 4, device=device)
@@ -81,6 +82,7 @@ def test_focal_loss(device: torch.device) -> None:
             (rows[:, None], rows[:, None]),
             (elements, elements),
             (elements.flatten(), elements),
+            (rows > 0.5, (rows > 0.5)[:, None].float()),
         ):
             want = (each * factor).sum()
             loss = mmdet.FocalLoss(loss_weight=2.0)
@@ -101,6 +103,17 @@ def test_focal_loss(device: torch.device) -> None:
         mmdet.FocalLoss(activated=True)
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("grad", [True, False])
+def test_focal_loss_compiles(device: torch.device, grad: bool) -> None:
+    """Also in validation, where nothing needs a gradient."""
+    x = torch.randn(5, 4, device=device, requires_grad=grad)
+    y = torch.arange(5, device=device)
+    loss = mmdet.FocalLoss()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, y), loss(x, y))
+
+
 def test_ghm(device: torch.device) -> None:
     x, y = torch.randn(40, 5, device=device), torch.randint(0, 6, (40,), device=device)
     used = (torch.rand(40, device=device) > 0.3).float()
@@ -111,7 +124,36 @@ def test_ghm(device: torch.device) -> None:
     regress = mmdet.GHMR().to(device)
     want = dlops_triton.ghmr_loss(deltas, wanted, weights)
     assert torch.equal(regress(deltas, wanted, weights, avg_factor=7.0), want)
+    # What a half-precision prediction is compared with is not rounded.
+    far = (deltas * 100).half()
+    exact = regress(far.float(), deltas * 100, weights)
+    torch.testing.assert_close(regress(far, deltas * 100, weights), exact)
+    for reduction in ("none", "sum"):
+        want = dlops_triton.ghmc_loss(x, y, used, reduction=reduction)
+        assert torch.equal(loss(x, y, used, reduction_override=reduction), want)
+        assert torch.equal(mmdet.ghmc_forward(loss, x, y, used, reduction), want)
+        want = dlops_triton.ghmr_loss(deltas, wanted, weights, reduction=reduction)
+        assert torch.equal(regress(deltas, wanted, weights, 7.0, reduction), want)
     assert list(mmdet.GHMC(momentum=0.75).state_dict()) == ["edges", "acc_sum"]
+
+
+def test_ghm_of_mmdets_own_modules(device: torch.device) -> None:
+    """As ``patch`` has it: any object with the attributes, and counts that were converted."""
+    x, y = torch.randn(40, 5, device=device) * 3, torch.randint(0, 6, (40,), device=device)
+    used = torch.ones(40, device=device)
+    ours = mmdet.GHMC(momentum=0.75).to(device)
+    ours(x, y, used)
+    theirs = SimpleNamespace(**vars(ours) | {"acc_sum": ours.acc_sum.half(), "training": False})
+    ours.eval()
+    for _ in range(2):
+        got = mmdet.ghmc_forward(theirs, x, y, used)
+        torch.testing.assert_close(got, ours(x, y, used), rtol=1e-3, atol=0)
+        assert torch.equal(theirs.acc_sum, ours.acc_sum.half().float())
+    theirs.training = True
+    for _ in range(9):
+        mmdet.ghmc_forward(theirs, x, y, used, "none")
+    assert theirs.acc_sum.dtype == torch.float32
+    assert theirs.acc_sum.sum() > 3 * ours.acc_sum.sum()
 
 
 @pytest.mark.parametrize("kind", ["giou", "diou"])
@@ -129,6 +171,18 @@ def test_box_losses(device: torch.device, kind: str) -> None:
         torch.testing.assert_close(function(a, b, value, "sum"), want)
         torch.testing.assert_close(function(a, b, value, "none"), each * factor)
         torch.testing.assert_close(module(a, b, value, avg_factor=5), 2 * want / 5)
+        assert torch.isfinite(function(a, b, value, avg_factor=0))
+        for options in ({}, {"reduction": "sum"}, {"avg_factor": 3.0}):
+            of_eps = function(a, b, value, eps=500.0, **options)
+            assert not torch.isclose(of_eps, function(a, b, value, **options), rtol=1e-3)
+    # What a half-precision prediction is compared with is not rounded.
+    far, near = a.detach() + 1000, b + 1000.3
+    got = function(far.bfloat16(), near, reduction="none")
+    torch.testing.assert_close(got, function(far.bfloat16().float(), near, reduction="none"))
+    rough = type(module)(eps=500.0)
+    assert torch.equal(rough(a, b), function(a, b, eps=500.0))
+    halves = function(a.detach().half(), b.half(), weight.half(), "sum")
+    assert halves.dtype == torch.float32
     four = weight[:, None].expand(9, 4)
     torch.testing.assert_close(module(a, b, four), module(a, b, weight))
     module(a, b, weight * 0, avg_factor=torch.zeros((), device=device)).backward()
@@ -149,9 +203,17 @@ def test_bbox_overlaps(device: torch.device) -> None:
         pairs = mmdet.bbox_overlaps(a[:5], b, mode, is_aligned=True)
         torch.testing.assert_close(pairs, mmdet.bbox_overlaps(a[:5], b, mode).diagonal())
         assert mmdet.bbox_overlaps(a[:0], b, mode).shape == (0, 5)
+        assert mmdet.bbox_overlaps(a[:0], b[:0], mode, is_aligned=True).shape == (0,)
+        large = torch.tensor([[0.0, 0, 400, 400]], device=device).half()
+        assert mmdet.bbox_overlaps(large, large, mode, is_aligned=True) == 1
         assert mmdet.bbox_overlaps(a.expand(2, 6, 4), b.expand(2, 5, 4), mode).shape == (2, 6, 5)
         assert mmdet.bbox_overlaps(a.half(), b.half(), mode).dtype == torch.half
         assert mmdet.bbox_overlaps(a[:5].half(), b.half(), mode, True).dtype == torch.half
+        for aligned in (False, True):  # integers
+            whole = mmdet.bbox_overlaps(a[:5].long(), b.long(), mode, aligned)
+            assert torch.equal(
+                whole, mmdet.bbox_overlaps(a[:5].long().float(), b.long().float(), mode, aligned)
+            )
     with pytest.raises(ValueError, match="mode must be one of"):
         mmdet.bbox_overlaps(a, b, "diou")
     with pytest.raises(ValueError, match="as many boxes where they are aligned"):
@@ -215,11 +277,39 @@ def test_assigner(device: torch.device, ignore: str | None, negative: Any) -> No
     assert torch.equal(found.max_overlaps, overlaps.amax(0))
     assert found.labels.tolist() == [-1 if i <= 0 else 10 * (i - 1) for i in want]
     assert found.num_gts == 5
+    with_score = SimpleNamespace(priors=torch.cat([priors, priors[:, :1]], 1))
+    five = SimpleNamespace(bboxes=torch.cat([gt, gt[:, :1]], 1), labels=labels)
+    again = assigner.assign(with_score, five, SimpleNamespace(bboxes=regions))
+    assert torch.equal(again.gt_inds, found.gt_inds)
     nothing = SimpleNamespace(bboxes=gt[:0], labels=labels[:0])
     found = assigner.assign(SimpleNamespace(priors=priors), nothing)
     assert not found.gt_inds.any()
     assert not found.max_overlaps.any()
     assert (found.labels == -1).all()
+
+
+@pytest.mark.parametrize("low_quality", [True, False])
+@pytest.mark.parametrize("least", [0.01, 0.3])
+def test_assigner_gives_boxes_their_best(
+    device: torch.device, low_quality: bool, least: float
+) -> None:
+    """Also below the lower of two thresholds of background."""
+    gt = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60], [80, 80, 90, 90]], device=device)
+    shift = torch.tensor([[8.0], [5], [0]], device=device)  # IoUs of 1 / 9, 1 / 3 and 1
+    priors = gt + shift * torch.tensor([1.0, 0, 1, 0], device=device)
+    assigner = mmdet.MaxIoUAssigner(0.5, (0.2, 0.4), least, match_low_quality=low_quality)
+    instances = SimpleNamespace(bboxes=gt, labels=torch.arange(3, device=device))
+    found = assigner.assign(SimpleNamespace(priors=priors), instances)
+    want = [1 if least < 0.1 else -1, 2, 3] if low_quality else [-1, 0, 3]
+    assert found.gt_inds.tolist() == want
+    # An IoF of the threshold is not ignored; overlaps have the boxes' dtype.
+    assigner.ignore_iof_thr = 0.5
+    half = SimpleNamespace(bboxes=priors[2:] + torch.tensor([5.0, 0, 5, 0], device=device))
+    found = assigner.assign(SimpleNamespace(priors=priors), instances, half)
+    assert found.gt_inds.tolist() == want
+    instances.bboxes = gt.half()
+    found = assigner.assign(SimpleNamespace(priors=priors.half()), instances)
+    assert found.max_overlaps.dtype == torch.half
 
 
 def test_assigner_says_what_it_does_not_cover() -> None:
@@ -240,6 +330,8 @@ def test_detectron2_boxes(device: torch.device) -> None:
     idxs = torch.arange(30, device=device) % 2
     got = detectron2.batched_nms(a.half(), scores, idxs, 0.3)
     assert torch.equal(got, dlops_triton.batched_nms(a.half().float(), scores, idxs, 0.3))
+    whole = detectron2.batched_nms(a.long(), scores, idxs, 0.3)
+    assert torch.equal(whole, dlops_triton.batched_nms(a.long().float(), scores, idxs, 0.3))
     one, two = SimpleNamespace(tensor=a), SimpleNamespace(tensor=a[:4])
     assert torch.equal(detectron2.pairwise_iou(one, two), dlops_triton.box_iou(a, a[:4]))
     point = SimpleNamespace(tensor=torch.full((1, 4), 3.0, device=device))
@@ -250,7 +342,8 @@ def test_detectron2_losses(device: torch.device) -> None:
     x, t = torch.randn(6, 3, device=device), torch.rand(6, 3, device=device)
     want = dlops_triton.sigmoid_focal_loss(x, t, alpha=None, reduction="sum")
     torch.testing.assert_close(detectron2.sigmoid_focal_loss(x, t, reduction="sum"), want)
-    assert detectron2.sigmoid_focal_loss_jit(x.half(), t).dtype == torch.float32
+    assert detectron2.sigmoid_focal_loss_jit(x.half(), t.half()).dtype == torch.float32
+    assert detectron2.sigmoid_focal_loss(x, t.double()).dtype == torch.float32
     a, b = boxes(6, device), boxes(6, device)
     for function, native in (
         (detectron2.giou_loss, dlops_triton.generalized_box_iou_loss),
@@ -267,6 +360,7 @@ def test_detectron2_deform(device: torch.device) -> None:
     norm = torch.nn.BatchNorm2d(6)
     first = detectron2.DeformConv(4, 6, 3, padding=1, groups=2, norm=norm, activation=torch.relu)
     first = first.to(device)
+    assert first.weight.std() > 0.1  # uniform within sqrt(6 / 18)
     plain_out = dlops_triton.deform_conv2d(x, offset, first.weight, padding=1)
     torch.testing.assert_close(first(x, offset), torch.relu(first.norm(plain_out)))
     second = detectron2.ModulatedDeformConv(4, 6, 3, padding=1).to(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,16 +72,35 @@ def test_dtypes_of_losses_are_torchvisions(device: torch.device, dtype: torch.dt
         assert function(a, b).shape == (4, 4)
 
 
+def test_dtypes_of_focal_loss_are_promoted(device: torch.device) -> None:
+    """A half-precision model under autocast: torchvision's sum is fp32, which does not overflow."""
+    x = torch.full((300, 300), 6.0, device=device, dtype=torch.half)
+    t = torch.zeros_like(x)
+    for gamma in (0, 2):
+        for reduction in ("none", "mean", "sum"):
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                loss = tv.sigmoid_focal_loss(x, t, gamma=gamma, reduction=reduction)
+            want = tv.sigmoid_focal_loss(x.float(), t.float(), gamma=gamma, reduction=reduction)
+            assert loss.dtype == torch.float32
+            torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+            for dtype in (torch.float32, torch.float64):
+                of_target = tv.sigmoid_focal_loss(x, t.to(dtype), 0.25, gamma, reduction)
+                assert of_target.dtype == dtype
+                torch.testing.assert_close(of_target, want.to(dtype), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 def test_integer_boxes(device: torch.device, dtype: torch.dtype) -> None:
     a = boxes(6, device).to(dtype)
     got, want = tv.box_iou(a, a), dlops_triton.box_iou(a.double(), a.double())
     assert torch.equal(got, want.float())
+    assert torch.equal(tv.box_iou(a, a.float()), got)
+    assert tv.box_iou(a.half(), a).dtype == torch.float32
     same = tv.distance_box_iou_loss(a, a)
     assert torch.equal(same, dlops_triton.distance_box_iou_loss(a.float(), a.float()))
     if dtype == torch.int64:  # areas that fp32 does not hold
-        a = torch.tensor([[0, 0, 2**26 + 1, 2**26 + 1], [0, 0, 2**26, 2**26]], device=device)
-        assert tv.box_iou(a, a)[0, 1] == torch.tensor(2**52 / (2**26 + 1) ** 2)
+        a = torch.tensor([[0, 0, 2**24 + 1, 2**24 + 1], [0, 0, 2**24, 2**24]], device=device)
+        assert tv.box_iou(a, a)[0, 1] == torch.tensor(2**48 / (2**24 + 1) ** 2) != 1
 
 
 def test_formats_and_broadcasting(device: torch.device) -> None:
@@ -95,6 +115,8 @@ def test_formats_and_broadcasting(device: torch.device) -> None:
     losses = tv.generalized_box_iou_loss(a, b[0])
     assert torch.equal(losses, tv.generalized_box_iou_loss(a, b[0].expand(5, 4)))
     assert tv.complete_box_iou_loss(a[0], b[0]).shape == ()
+    for function in (tv.box_iou, tv.generalized_box_iou_loss):
+        assert torch.equal(function(a, a.double()), function(a.double(), a.double()))
     with pytest.raises(ValueError, match="fmt must be one of 'xyxy', 'xywh', 'cxcywh', got 'yx'"):
         tv.box_iou(a, b, "yx")
 
@@ -120,6 +142,7 @@ def test_focal_loss_is_torchvisions_formula(device: torch.device) -> None:
                     rtol=1e-9,
                     atol=1e-12,
                 )
+    assert torch.equal(tv.sigmoid_focal_loss(x[0, 0], t[0, 0]), tv.sigmoid_focal_loss(x, t)[0, 0])
     hard = tv.sigmoid_focal_loss(x.float(), t > 0.5)
     assert torch.equal(hard, tv.sigmoid_focal_loss(x.float(), (t > 0.5).long()))
 
@@ -157,12 +180,16 @@ def test_nms_takes_what_torchvision_takes(device: torch.device) -> None:
     a, scores = boxes(40, device), torch.rand(40, device=device)
     want = dlops_triton.nms(a, scores, 0.3)
     assert torch.equal(tv.nms(a, scores, 0.3), want)
-    assert torch.equal(tv.nms(a, scores, 1.5), scores.argsort(descending=True, stable=True))
+    assert torch.equal(tv.nms(a, scores, torch.tensor(0.3)), want)  # type: ignore[arg-type]
+    by_score = scores.argsort(descending=True, stable=True)
+    assert torch.equal(tv.nms(a, scores, 1.5), by_score)
+    assert torch.equal(tv.batched_nms(a, scores, by_score, 1.5), by_score)
     assert tv.batched_nms(a[:0], None, None, None).shape == (0,)  # type: ignore[arg-type]
     classes = torch.arange(40, device=device) % 3
     want = dlops_triton.batched_nms(a, scores, classes, 0.3)
     for dtype in (torch.uint8, torch.int16, torch.int32, torch.float32, torch.half):
         assert torch.equal(tv.batched_nms(a, scores, classes.to(dtype), 0.3), want)
+    assert torch.equal(tv.batched_nms(a, scores, classes / 4, 0.3), want)
     same = dlops_triton.batched_nms(a, scores, (classes > 0).long(), 0.3)
     assert torch.equal(tv.batched_nms(a, scores, classes > 0, 0.3), same)
 
@@ -224,7 +251,7 @@ class Detector(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
-def test_scripted_models_call_back(device: torch.device) -> None:
+def test_scripted_models_call_back(device: torch.device, tmp_path: Path) -> None:
     a, scores = boxes(9, device), torch.rand(9, device=device)
     x = torch.randn(3, 4, device=device)
     offset = torch.zeros(1, 2, 3, 4, device=device)
@@ -235,7 +262,7 @@ def test_scripted_models_call_back(device: torch.device) -> None:
     assert torch.equal(torch.jit.script(tv.box_iou)(a, a), tv.box_iou(a, a))
     assert torch.equal(torch.jit.script(tv.nms)(a, scores, 0.5), tv.nms(a, scores, 0.5))
     with pytest.raises(RuntimeError, match="Could not export Python function"):
-        scripted.save("never-written.pt")
+        scripted.save(tmp_path / "model.pt")
 
 
 @pytest.mark.filterwarnings("default")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 import sys
 import textwrap
 import types
@@ -123,7 +124,55 @@ def test_report(tv: Any) -> None:
     done.undo()
 
 
-def test_what_is_refused(tv: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modules_that_mind(tv: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lazy ones, ones that refuse to be changed, and what is no module at all."""
+
+    class Odd(types.ModuleType):
+        def __setattr__(self, name: str, value: Any) -> None:
+            raise AttributeError(name)
+
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError("imported for nothing")
+
+    odd = Odd("odd")
+    vars(odd)["nms"] = original = tv.nms
+    monkeypatch.setitem(sys.modules, "odd", odd)
+    monkeypatch.setitem(sys.modules, "odder", object())  # type: ignore[arg-type]
+    own = types.ModuleType("dlops_triton.made_up")  # what is compared with theirs
+    vars(own)["nms"] = tv.nms
+    monkeypatch.setitem(sys.modules, own.__name__, own)
+    with dlops_triton.patch("torchvision") as done:
+        assert "odd.nms" in done.replaced["nms"]
+        assert odd.nms is tv.nms is not original
+        assert own.nms is original
+    assert odd.nms is original
+
+
+def test_a_block_that_fails_is_undone(tv: Any) -> None:
+    original = tv.nms
+
+    def fail() -> None:
+        with dlops_triton.patch("torchvision"):
+            assert tv.nms is not original
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert tv.nms is original
+
+
+def test_pickles_hold_the_librarys_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a model that holds a function can be saved, and loaded where nothing is patched."""
+    for library, name in (("torchvision", "nms"), ("mmcv", "batched_nms"), ("mmcv", "nms")):
+        top = made_up(monkeypatch, library, "2.1" if library == "mmcv" else "0.29")
+        original = getattr(top, name)
+        with dlops_triton.patch(library):
+            kept = pickle.dumps(getattr(top, name))
+            assert pickle.loads(kept) is getattr(top, name)
+        assert pickle.loads(kept) is original
+
+
+def test_what_is_refused(tv: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="library must be one of 'torchvision', 'mmcv', 'mmdet'"):
         dlops_triton.patch("kornia")
     for ops in (["nms", "roi_align"], "nms"):
@@ -133,6 +182,15 @@ def test_what_is_refused(tv: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         tv.__version__ = version
         with pytest.raises(RuntimeError, match=f"is too {what} to be known: .* 0.15 to 0.29"):
             dlops_triton.patch("torchvision")
+    tv.__version__ = "0.29.0"
+    del sys.modules["torchvision.ops.boxes"].nms  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match=r"torchvision has no torchvision\.ops\.boxes\.nms"):
+        dlops_triton.patch("torchvision")
+    (tmp_path / "mmcv.py").write_text("assert False, 'MMCV is used but incompatible'")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mmcv", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="mmcv cannot be imported: MMCV is used but inc"):
+        dlops_triton.patch("mmcv")
     monkeypatch.setitem(sys.modules, "mmdet", None)  # type: ignore[arg-type]
     with pytest.raises(ModuleNotFoundError, match="mmdet is not installed"):
         dlops_triton.patch("mmdet")
@@ -171,9 +229,7 @@ def test_every_library(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 found = getattr(getattr(top, owner), attribute)
                 assert done.replaced[name] == [f"{op.module}.{op.name}"]
             assert found is not before.get(attribute)
-            assert (
-                plain(found).split(", **")[0] == plain(op.replacement).split(", **")[0] or op.takes
-            )
+            assert plain(found) == plain(op.replacement)
     assert vars(top) == before
 
 
@@ -208,27 +264,68 @@ def test_methods_reach_existing_objects(monkeypatch: pytest.MonkeyPatch) -> None
     with dlops_triton.patch("mmdet"):
         want = dlops_triton.sigmoid_focal_loss(x, y, reduction="sum")
         assert torch.equal(loss.forward(x, y), want)
+        learnt = torch.ones(4, requires_grad=True)
+        assert loss.forward(x, y, weight=learnt) == "original FocalLoss.forward"
         loss.activated = True
         assert loss.forward(x, y) == "original FocalLoss.forward"
     loss.activated = False
     assert loss.forward(x, y) == "original FocalLoss.forward"
+    with dlops_triton.patch("mmdet"):
+        top.FocalLoss.forward = lambda *_: "someone else's"
+    assert loss.forward(x, y) == "someone else's"
 
 
 def test_what_is_not_covered_goes_to_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
     cv = made_up(monkeypatch, "mmcv", "2.1.0")
     det = made_up(monkeypatch, "mmdet", "3.3.0")
     assigner = det.MaxIoUAssigner()
-    assigner.iou_calculator = types.SimpleNamespace(dtype="fp16")
-    assigner.neg_iou_thr = assigner.pos_iou_thr = 0.5
+    vars(assigner).update(pos_iou_thr=0.5, min_pos_iou=0.0, gt_max_assign_all=True)
+    calculator = type("BboxOverlaps2D", (), {"dtype": None})()
+    assigned = types.SimpleNamespace(priors=BOXES, bboxes=BOXES, labels=torch.zeros(3))
+    result = module(monkeypatch, "mmdet.models.task_modules.assigners.assign_result")
+    result.AssignResult = lambda *_: "ours"
+
+    def nms(*_: Any, **__: Any) -> None: ...
+
     with dlops_triton.patch("mmcv"), dlops_triton.patch("mmdet"):
-        config = {"type": "nms_rotated", "iou_threshold": 0.5}
         idxs = torch.zeros(3)
-        assert cv.batched_nms(BOXES, SCORES, idxs, config) == "original batched_nms"
-        keep = cv.batched_nms(BOXES, SCORES, idxs, {"iou_threshold": 0.5})[1]
-        assert keep.tolist() == [1, 2]
+        for kind in ("nms_rotated", nms, functools.partial(nms)):
+            config = {"type": kind, "iou_threshold": 0.5}
+            assert cv.batched_nms(BOXES, SCORES, idxs, config) == "original batched_nms"
+        for more in ({}, {"type": "nms"}, {"type": cv.nms}):
+            keep = cv.batched_nms(BOXES, SCORES, idxs, {"iou_threshold": 0.5} | more)[1]
+            assert keep.tolist() == [1, 2]
         assert det.bbox_overlaps(BOXES, BOXES, is_aligned=True) == "original bbox_overlaps"
         assert torch.equal(det.bbox_overlaps(BOXES, BOXES), dlops_triton.box_iou(BOXES, BOXES))
-        assert assigner.assign(None, None) == "original MaxIoUAssigner.assign"
+        assert det.bbox_overlaps(BOXES, BOXES, "iou", False, 1.0) == "original bbox_overlaps"
+        for negative, dtype, best in (
+            (0.4, "fp16", 0.5),  # the calculator's dtype
+            (0.6, None, 0.5),  # above the threshold of positives
+            ([0.1, 0.4], None, 0.5),
+            (0, None, 0.5),
+            (0.4, None, 1.5),
+        ):
+            calculator.dtype = dtype
+            vars(assigner).update(iou_calculator=calculator, neg_iou_thr=negative, pos_iou_thr=best)
+            assert assigner.assign(assigned, assigned) == "original MaxIoUAssigner.assign"
+        covered = {"neg_iou_thr": 0.4, "pos_iou_thr": 0.5, "ignore_iof_thr": -1}
+        vars(assigner).update(covered, match_low_quality=True)
+        assert assigner.assign(assigned, assigned) == "ours"
+        for name, value in (
+            ("gt_max_assign_all", False),
+            ("perm_repeat_gt_cfg", {}),
+            ("iou_calculator", types.SimpleNamespace(dtype=None)),
+            ("min_pos_iou", -1.0),
+        ):
+            with monkeypatch.context() as only_here:
+                only_here.setattr(assigner, name, value, raising=False)
+                assert assigner.assign(assigned, assigned) == "original MaxIoUAssigner.assign"
+
+        class Mine(det.MaxIoUAssigner):
+            def assign_wrt_overlaps(self) -> None: ...
+
+        assigner.__class__ = Mine
+        assert assigner.assign(assigned, assigned) == "original MaxIoUAssigner.assign"
 
 
 def test_rotated_boxes_go_to_torchvision(tv: Any) -> None:
@@ -290,6 +387,8 @@ def test_mmcv_lite() -> None:
             RuntimeError, match=r"mmcv's roi_align_forward needs .*has 'nms', 'soft_nms'"
         ):
             roi_align(BOXES)
+        assert not hasattr(sys.modules["mmcv._ext"], "__file__")
+        assert sys.modules["mmcv._ext"].get_compiler_version() == "not compiled"
         assert dlops_triton.install_mmcv_ops().replaced == {}
     from mmcv.ops import nms as original  # type: ignore[import-not-found]
 

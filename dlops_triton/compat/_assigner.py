@@ -76,7 +76,7 @@ class MaxIoUAssigner:
         """Assign a box, the background or nothing to each anchor.
 
         Args:
-            pred_instances: an object with ``priors``, [N, 4].
+            pred_instances: an object with ``priors``, [N, 4], or [N, 5] with scores, not read.
             gt_instances: an object with ``bboxes``, [M, 4], and ``labels``, [M].
             gt_instances_ignore: None, or an object with ``bboxes``, [K, 4].
 
@@ -94,7 +94,8 @@ def assign(
     priors, gt = _tensor(pred_instances.priors), _tensor(gt_instances.bboxes)
     labels = gt_instances.labels
     dtype = torch.promote_types(priors.dtype, gt.dtype)
-    priors, gt = priors.to(dtype), gt.to(dtype).reshape(-1, 4)
+    dtype = dtype if dtype.is_floating_point else torch.float32
+    priors, gt = priors.to(dtype), gt.to(dtype)
     ignored = None
     if gt_instances_ignore is not None and self.ignore_iof_thr > 0:
         regions = _tensor(gt_instances_ignore.bboxes)
@@ -132,6 +133,6 @@ def assign(
 
 
 def _tensor(boxes: Any) -> Tensor:
-    """The boxes of a tensor, or of mmdet's ``BaseBoxes``."""
+    """The boxes of a tensor, or of mmdet's ``BaseBoxes``, without a score; none of any shape."""
     tensor: Tensor = getattr(boxes, "tensor", boxes)
-    return tensor
+    return tensor[..., :4] if tensor.numel() else tensor.reshape(-1, 4)

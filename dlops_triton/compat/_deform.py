@@ -94,6 +94,11 @@ def _convolve(
     groups: int,
     deform_groups: int,
 ) -> Tensor:
+    if not input.dim() == offset.dim() == weight.dim() == 4:
+        raise ValueError(
+            "input, offset and weight must have four dimensions, got shapes "
+            f"{tuple(input.shape)}, {tuple(offset.shape)} and {tuple(weight.shape)}"
+        )
     per_group, kh, kw = weight.shape[1:]
     for name, value, size, what in (
         ("groups", groups, per_group * groups == input.shape[1], "weight"),
@@ -270,6 +275,11 @@ class DeformConv2dPack(nn.DeformConv2dPack):
         )
         self.im2col_step = im2col_step
 
+    def init_offset(self) -> None:
+        """Set ``conv_offset`` to zero."""
+        for parameter in self.conv_offset.parameters():
+            torch_nn.init.zeros_(parameter)
+
 
 class ModulatedDeformConv2dPack(nn.ModulatedDeformConv2dPack):
     """``mmcv.ops.ModulatedDeformConv2dPack``, "DCNv2": the class of that name in `nn`.
@@ -296,3 +306,7 @@ class ModulatedDeformConv2dPack(nn.ModulatedDeformConv2dPack):
             *(in_channels, out_channels, kernel_size, stride, padding, dilation),
             *(groups, deform_groups, bias),
         )
+
+    def init_weights(self) -> None:
+        """Draw the weight anew; bias and ``conv_offset`` become zero."""
+        self.reset_parameters()

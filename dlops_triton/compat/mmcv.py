@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from dlops_triton import _checks
 from dlops_triton.focal import sigmoid_focal_loss as _native_sigmoid_focal_loss
 from dlops_triton.iou import box_iou as _native_box_iou
 from dlops_triton.nms import batched_nms as _native_batched_nms
@@ -110,7 +111,8 @@ def soft_nms(
         scores: [N].
         iou_threshold: in [0, 1]. "linear" and "naive" decay from this IoU on.
         sigma: of "gaussian".
-        min_score: a box whose score falls below it is dropped, the first one excepted.
+        min_score: at least 0. A box whose score falls below it, or to 0, is dropped, the first one
+            excepted.
         method: "linear", "gaussian" or "naive".
         offset: 1 adds 1 to every width and height.
 
@@ -141,8 +143,9 @@ def batched_nms(
         scores: [N].
         idxs: [N] class of each box, any dtype.
         nms_cfg: None: nothing is suppressed, the boxes are sorted. Else ``type``, "nms" (the
-            default) or "soft_nms"; ``class_agnostic``, which goes before the argument; ``max_num``;
-            ``split_thr``, which is not needed and not used; and the arguments of the type.
+            default), "soft_nms", or the function; ``class_agnostic``, which goes before the
+            argument; ``max_num``; ``split_thr``, which is not needed and not used; and the
+            arguments of the type.
         class_agnostic: boxes of different classes suppress one another as well.
 
     Returns:
@@ -162,8 +165,8 @@ def batched_nms(
     options = dict(nms_cfg)
     class_agnostic = options.pop("class_agnostic", class_agnostic)
     options.pop("split_thr", None)
-    kind = options.pop("type", "nms")
-    kind = kind if isinstance(kind, str) else getattr(kind, "__name__", kind)
+    kind = nms_type(nms_cfg)
+    options.pop("type", None)
     classes = None if class_agnostic else class_ids(idxs)
     if kind == "nms":
         keep = _hard(boxes, scores, classes, **options)
@@ -173,6 +176,14 @@ def batched_nms(
     else:
         raise ValueError(f"nms_cfg['type'] must be 'nms' or 'soft_nms', got {kind!r}")
     return torch.cat((boxes[keep], scores[:, None]), -1), keep
+
+
+def nms_type(nms_cfg: Mapping[str, Any]) -> Any:
+    """The type that a config asks for; of mmcv's functions and of those here the name."""
+    kind = nms_cfg.get("type", "nms")
+    # Not of what only has a name of theirs.
+    known = getattr(kind, "__module__", None) in ("mmcv.ops.nms", __name__)
+    return getattr(kind, "__name__", kind) if known else kind
 
 
 @renamed(iou_thr="iou_threshold")
@@ -223,6 +234,8 @@ def _soft(
 ) -> tuple[Tensor, Tensor]:
     if method not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, _METHODS))}, got {method!r}")
+    _checks.number("iou_threshold", iou_threshold, 0, 1, "in [0, 1]")
+    _checks.number("min_score", min_score, 0, float("inf"), "at least 0 and finite")
     inds, decayed = _native_soft_nms(
         boxes,
         scores,
@@ -274,13 +287,14 @@ def bbox_overlaps(
         [N, M], aligned [N], in the dtype of the boxes.
 
     Raises:
-        ValueError: another ``mode`` or ``offset``, or a wrong shape.
+        TypeError, ValueError: another ``mode`` or ``offset``, or a wrong dtype or shape.
 
     Differs from mmcv: two boxes without area have IoU 0, not NaN; areas are fp32 in half precision,
     where mmcv's overflow beyond a side of 255.
     """
     if mode not in ("iou", "iof"):
         raise ValueError(f"mode must be 'iou' or 'iof', got {mode!r}")
+    _checks.choice("offset", offset, (0, 1))
     n, m = bboxes1.shape[0], bboxes2.shape[0]
     if aligned and n != m:
         raise ValueError(f"aligned boxes must be of one number, got {n} and {m}")
@@ -288,6 +302,8 @@ def bbox_overlaps(
         return bboxes1.new_zeros(n if aligned else (n, m))
     if not aligned:
         return _native_box_iou(bboxes1, bboxes2, offset=offset, mode=mode)  # type: ignore[arg-type]
+    _checks.boxes("bboxes1", bboxes1)
+    _checks.boxes("bboxes2", bboxes2)
     exact = torch.promote_types(bboxes1.dtype, torch.float32)
     smallest = torch.finfo(exact).tiny
     overlaps = aligned_overlaps(bboxes1.to(exact), bboxes2.to(exact), mode, offset, smallest)
@@ -315,10 +331,14 @@ def sigmoid_focal_loss(
     Returns:
         "none": [N, C] in the dtype of input. "sum", "mean": a scalar, fp32 (fp64 for fp64).
 
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or value.
+
     Differs from mmcv, whose loss of a background logit stops at 65.5 from 17 on and is NaN or
     infinite in fp16; which waits for the GPU in each call, has no CPU version and no bf16, reads
     past the end of ``weight`` for background, and logits that are not contiguous as if they were.
     """
+    _check_focal(input, weight)
     if weight is not None:
         c = input.shape[1]
         known = (target >= 0) & (target < c)
@@ -357,10 +377,14 @@ def softmax_focal_loss(
     Returns:
         "none": [N] in the dtype of input. "sum", "mean": a scalar, fp32 (fp64 for fp64).
 
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or value.
+
     Differs from mmcv, whose backward of "none" fails, or where N is C scales columns instead of
     rows; whose loss stops at 87.3 alpha; whose gradient is NaN for gamma below 1 where p is 1; and
     which reads past its arrays for labels outside [0, C).
     """
+    _check_focal(input, weight)
     return _native_softmax_focal_loss(
         input,
         target,
@@ -370,6 +394,16 @@ def softmax_focal_loss(
         weight=weight,
         avg_factor=max(input.shape[0], 1) if reduction == "mean" else None,
     )
+
+
+def _check_focal(input: Tensor, weight: Tensor | None) -> None:
+    if input.dim() != 2:
+        raise ValueError(f"input must have shape [N, C], got {tuple(input.shape)}")
+    if weight is not None and weight.shape != input.shape[1:]:
+        raise ValueError(
+            f"weight must have shape {tuple(input.shape[1:])}, one per class, got "
+            f"{tuple(weight.shape)}"
+        )
 
 
 class _FocalLoss(nn.Module):

@@ -45,6 +45,12 @@ def _reduced(loss: Tensor, reduction: str, avg_factor: float | Tensor | None) ->
     return total / (max(loss.numel(), 1) if avg_factor is None else avg_factor + _EPS)
 
 
+def _promoted(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider dtype: fp16 would round what a half-precision ``pred`` is compared with."""
+    dtype = torch.promote_types(pred.dtype, target.dtype)
+    return pred.to(dtype), target.to(dtype)
+
+
 def _check(reduction: str, avg_factor: float | Tensor | None) -> None:
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of 'none', 'mean', 'sum', got {reduction!r}")
@@ -97,7 +103,7 @@ def ghmr_forward(
     reduction_override: str | None = None,
 ) -> Tensor:
     """``forward`` of any object with the attributes of :class:`GHMR`."""
-    return _ghm(self, pred, target.to(pred.dtype), label_weight, self.mu, reduction_override)
+    return _ghm(self, *_promoted(pred, target), label_weight, self.mu, reduction_override)
 
 
 def _ghm(
@@ -134,7 +140,8 @@ def sigmoid_focal_loss(
     Args:
         pred: logits [N, C], fp16, bf16, fp32 or fp64, any strides.
         target: labels [N], integer, one outside [0, C) being background; or dense, [N, C].
-        weight: [N] or [N, 1], per element [N, C] or flat [N C], or None.
+        weight: [N] or [N, 1], per element [N, C] or flat [N C], any dtype, without a gradient; or
+            None.
         gamma: focusing exponent, at least 0.
         alpha: weight of the positives, in [0, 1].
         reduction: "none", "sum" or "mean".
@@ -151,6 +158,8 @@ def sigmoid_focal_loss(
     background on a CPU as well, where mmdet raises.
     """
     _check(reduction, avg_factor)
+    if weight is not None and not weight.is_floating_point():
+        weight = weight.to(torch.float32)
     if weight is not None and weight.shape != pred.shape:
         n = pred.shape[0]
         weight = weight.reshape(n) if weight.shape[0] == n else weight.reshape(n, -1)
@@ -240,7 +249,7 @@ def _box_loss(
     eps: float,
 ) -> Tensor:
     _check(reduction, avg_factor)
-    target = target.to(pred.dtype)
+    pred, target = _promoted(pred, target)
     if weight is not None:
         return _reduced(function(pred, target, "none", eps) * weight, reduction, avg_factor)
     if avg_factor is None or reduction == "none":
@@ -268,7 +277,8 @@ def giou_loss(
         eps: added to the denominators.
 
     Returns:
-        "none": [N] in the dtype of pred. "sum", "mean": a scalar, fp32 (fp64 for fp64).
+        "none": [N] in the wider dtype of pred and target. "sum", "mean": a scalar, fp32 (fp64 for
+        fp64); 0 of no boxes, where mmdet's mean is NaN.
 
     Raises:
         ValueError: ``avg_factor`` with "sum", another reduction, or a wrong shape.
@@ -334,8 +344,8 @@ class GIoULoss(_IoULoss):
         eps, reduction: as there.
         loss_weight: factor of the result.
 
-    Differs from mmdet's, which waits for the GPU to see whether a weight is above 0, and makes
-    "none" a scalar where none is.
+    Differs from mmdet's, which waits for the GPU to see whether a weight is above 0, and where none
+    is gives a scalar, also of "none": the sum of pred times weight.
     """
 
 
@@ -356,14 +366,14 @@ def bbox_overlaps(
     """mmdet's ``bbox_overlaps``, by :func:`dlops_triton.box_iou` and ``generalized_box_iou``.
 
     Args:
-        bboxes1: [..., N, 4] boxes (x1, y1, x2, y2), floating point.
+        bboxes1: [..., N, 4] boxes (x1, y1, x2, y2), floating point or integer.
         bboxes2: [..., M, 4].
         mode: "iou", "iof" (over the area of the box of ``bboxes1``) or "giou".
         is_aligned: pair by pair instead of each with each; M is then N.
         eps: denominators are at least so large. Each with each it is not used, see below.
 
     Returns:
-        [..., N, M], aligned [..., N], in the dtype of the boxes.
+        [..., N, M], aligned [..., N], in the wider dtype of the boxes, of integers fp32.
 
     Raises:
         ValueError: another ``mode``, or a wrong shape.
@@ -384,6 +394,7 @@ def bbox_overlaps(
     if n * m == 0:
         return bboxes1.new_empty((*leading, n) if is_aligned else (*leading, n, m))
     dtype = torch.promote_types(bboxes1.dtype, bboxes2.dtype)
+    dtype = dtype if dtype.is_floating_point else torch.float32
     if is_aligned:
         exact = torch.promote_types(dtype, torch.float32)
         return aligned_overlaps(bboxes1.to(exact), bboxes2.to(exact), mode, 0, eps).to(dtype)

@@ -163,7 +163,8 @@ def sigmoid_focal_loss(
         reduction: "none", "mean" (over all elements) or "sum".
 
     Returns:
-        The loss in the dtype of ``inputs``, reduced or not.
+        The loss, reduced or not, in the wider dtype of ``inputs`` and floating-point ``targets``;
+        under autocast at least fp32.
 
     Raises:
         ValueError: ``alpha``, ``gamma`` or ``reduction`` out of range, or a wrong shape.
@@ -220,6 +221,9 @@ def complete_box_iou_loss(
 
     Returns:
         The loss, fp32, or fp64 for fp64 boxes. The angle of a point is 0, not NaN.
+
+    Differs from torchvision, whose ``eps`` reaches the denominator of alpha only; the others have
+    the default's there.
     """
     return _box_loss("ciou", boxes1, boxes2, reduction, eps)
 
@@ -264,7 +268,7 @@ def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     if boxes.is_quantized:  # IoU does not depend on the scale
         boxes, scores = boxes.int_repr().float(), scores.int_repr().float()
     try:
-        return _native_nms(boxes, scores, min(iou_threshold, 1.0))
+        return _native_nms(boxes, scores, min(float(iou_threshold), 1.0))
     except (TypeError, ValueError) as error:
         raise RuntimeError(str(error)) from error
 
@@ -274,7 +278,8 @@ def _batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: flo
     if boxes.numel() == 0:
         return torch.empty(0, dtype=torch.int64, device=boxes.device)
     try:
-        return _native_batched_nms(boxes, scores, class_ids(idxs), min(iou_threshold, 1.0))
+        threshold = min(float(iou_threshold), 1.0)
+        return _native_batched_nms(boxes, scores, class_ids(idxs), threshold)
     except (TypeError, ValueError) as error:
         raise RuntimeError(str(error)) from error
 
@@ -288,7 +293,7 @@ def _floating(boxes: Tensor) -> Tensor:
 
 def _pairwise(function: Any, boxes1: Tensor, boxes2: Tensor, *options: Any) -> Tensor:
     """``function`` of boxes of any dtype, whose leading dimensions broadcast."""
-    integers = not (boxes1.is_floating_point() or boxes2.is_floating_point())
+    double = torch.float64 in (boxes1.dtype, boxes2.dtype)
     boxes1, boxes2 = _floating(boxes1), _floating(boxes2)
     if boxes1.dtype != boxes2.dtype:
         boxes1, boxes2 = boxes1.double(), boxes2.double()
@@ -297,7 +302,7 @@ def _pairwise(function: Any, boxes1: Tensor, boxes2: Tensor, *options: Any) -> T
         boxes1 = boxes1.expand(*leading, *boxes1.shape[-2:])
         boxes2 = boxes2.expand(*leading, *boxes2.shape[-2:])
     value: Tensor = function(boxes1, boxes2, *options)
-    return value.float() if integers else value
+    return value if double else value.float()
 
 
 @ignored
@@ -358,10 +363,15 @@ def _sigmoid_focal_loss(
     _check_reduction(reduction)
     if not targets.is_floating_point():
         targets = targets.to(inputs.dtype)
+    dtype = torch.promote_types(inputs.dtype, targets.dtype)
+    if torch.is_autocast_enabled(inputs.device.type):
+        dtype = torch.promote_types(dtype, torch.float32)
     if gamma == 0:
-        return _cross_entropy(inputs, targets, alpha, reduction)
+        return _cross_entropy(inputs.to(dtype), targets.to(dtype), alpha, reduction)
+    if reduction == "none" or dtype == torch.float64:  # else the loss is fp32 anyway
+        inputs = inputs.to(dtype)
     loss: Tensor = _native_focal(inputs, targets, alpha, gamma, reduction)  # type: ignore[arg-type]
-    return loss.to(inputs.dtype)
+    return loss.to(dtype)
 
 
 def _cross_entropy(inputs: Tensor, targets: Tensor, alpha: float, reduction: str) -> Tensor:
