@@ -76,6 +76,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> N
         kernel[grid](*args, **settings)
 
 
+def autocasting(device: torch.device) -> bool:
+    """Whether autocast is on for ``device``. "meta" has none, of which torch may not be asked."""
+    # To ask torch which devices have it breaks the graph of torch.compile in torch 2.10.
+    return device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up. ``triton.cdiv`` takes 100 times as long on the host."""
     return -(-a // b)

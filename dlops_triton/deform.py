@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _autograd, _checks, _deform_ops
+from . import _autograd, _checks, _deform_ops, _dispatch
 from ._deform_ops import Implementation
 from .reference.deform import Geometry
 
@@ -118,10 +118,8 @@ def deform_conv2d(
     kernel_size = (weight.shape[2], weight.shape[3])
     geometry = check_geometry(kernel_size, stride, padding, dilation)
     _check(input, offset, mask, geometry)
-    kind = input.device.type
-    # "meta" has no autocast; to ask torch what has breaks the graph of torch.compile in torch 2.10.
-    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
-        input, weight, bias = (_autocast(t, kind) for t in (input, weight, bias))
+    if _dispatch.autocasting(input.device):
+        input, weight, bias = (_autocast(t, input.device.type) for t in (input, weight, bias))
     _check_weight(input, weight, bias)
     x = _channels_last(input)
     out: Tensor = _Conv.apply(x, offset, mask, weight, bias, geometry, _implementation)

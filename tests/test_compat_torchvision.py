@@ -278,3 +278,13 @@ def test_torch_compile(device: torch.device) -> None:
     torch.testing.assert_close(
         torch.autograd.grad(compiled(x, a), x), torch.autograd.grad(step(x, a), x)
     )
+
+
+def test_meta_tensors() -> None:
+    """Models are also made where there is no memory and no autocast."""
+    x, a = torch.zeros(4, 3, device="meta"), torch.zeros(4, 4, device="meta")
+    assert tv.sigmoid_focal_loss(x.half(), x.half(), reduction="sum").dtype == torch.half
+    assert tv.box_iou(a, a[:2]).shape == (4, 2)
+    assert tv.generalized_box_iou_loss(a, a).shape == (4,)
+    image, offset = (torch.zeros(1, c, 4, 4, device="meta") for c in (2, 2))
+    assert tv.deform_conv2d(image, offset, image[:, :, :1, :1]).shape == (1, 1, 4, 4)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlops_triton._checks import number as check_number
+from dlops_triton._dispatch import autocasting
 from dlops_triton.deform import deform_conv2d as _native_deform_conv2d
 from dlops_triton.focal import sigmoid_focal_loss as _native_focal
 from dlops_triton.iou import box_iou as _native_box_iou
@@ -364,7 +365,7 @@ def _sigmoid_focal_loss(
     if not targets.is_floating_point():
         targets = targets.to(inputs.dtype)
     dtype = torch.promote_types(inputs.dtype, targets.dtype)
-    if torch.is_autocast_enabled(inputs.device.type):
+    if autocasting(inputs.device):
         dtype = torch.promote_types(dtype, torch.float32)
     if gamma == 0:
         return _cross_entropy(inputs.to(dtype), targets.to(dtype), alpha, reduction)
@@ -415,13 +416,12 @@ def _deform_conv2d(
     dilation: Pair,
     mask: Optional[Tensor],  # noqa: UP045
 ) -> Tensor:
-    kind = input.device.type
-    if torch.is_autocast_enabled(kind):
+    if autocasting(input.device):
         tensors: list[Any] = [
             t if t is None or t.dtype == torch.float64 else t.float()
             for t in (input, offset, weight, bias, mask)
         ]
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(input.device.type, enabled=False):
             out = _native_deform_conv2d(*tensors[:4], stride, padding, dilation, tensors[4])  # type: ignore[call-arg, arg-type]
         return out.to(input.dtype)
     try:
