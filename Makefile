@@ -19,7 +19,9 @@ PYTHON ?= python3
 RUN := PYTHONPATH=. $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 WORKERS ?= auto
 
-.PHONY: demo test lint types wheel docs oldest peers check gpu-check clean FORCE
+DEMOS := demo-quick demo-losses demo-nms demo-dcn
+
+.PHONY: demo $(DEMOS) test lint types wheel docs oldest peers check gpu-check clean FORCE
 
 demo: $(if $(VENV),$(VENV)/demo.installed)
 	$(RUN) examples/digits_detector.py $(ARGS)
@@ -51,10 +53,17 @@ $(PEERS)/installed: pyproject.toml
 	$(PEERS)/bin/python -m pip install --quiet torchvision mmcv-lite==2.1.0 mmdet==3.3.0 -e '.[test]'
 	touch $@
 
-check: test lint types wheel docs oldest
+# One core each; all is installed by then, so that no two installations meet.
+check: test oldest $(if $(VENV),$(patsubst %,$(VENV)/%.installed,dev docs demo))
+	OMP_NUM_THREADS=1 $(MAKE) -j 2 -O wheel lint types docs $(DEMOS)
+
+demo-quick:
 	$(MAKE) demo ARGS="--quick --out runs/quick"
+demo-losses:
 	$(MAKE) demo ARGS="--loss all --quick --steps 20 --out runs/losses"
+demo-nms:
 	$(MAKE) demo ARGS="--nms all --quick --steps 20 --out runs/nms"
+demo-dcn:
 	$(MAKE) demo ARGS="--dcn --quick --steps 20 --out runs/dcn"
 
 # OUT and COMMIT reach it as environment variables.
