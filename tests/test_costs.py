@@ -134,8 +134,9 @@ def test_launches_and_synchronisations(name: str, kernel: torch.device) -> None:
         assert cost.synchronisations == []
 
 
-# In calls of torch.add, of which an idle core here makes one in 1.1 us: 30 us.
-PYTHON = 27
+# In calls of torch.add. 30 us are 26 of them where this was measured, where the calls below take 21
+# to 26, torch's own part included; the rest is for machines on which the two do not scale alike.
+PYTHON = 35
 
 
 @pytest.mark.unmetered

@@ -362,17 +362,20 @@ def _sigmoid_focal_loss(
     inputs: Tensor, targets: Tensor, alpha: float, gamma: float, reduction: str
 ) -> Tensor:
     _check_reduction(reduction)
-    if not targets.is_floating_point():
-        targets = targets.to(inputs.dtype)
-    dtype = torch.promote_types(inputs.dtype, targets.dtype)
+    dtype = inputs.dtype
+    if targets.dtype != dtype:
+        if not targets.is_floating_point():
+            targets = targets.to(dtype)
+        dtype = torch.promote_types(dtype, targets.dtype)
     if autocasting(inputs.device):
         dtype = torch.promote_types(dtype, torch.float32)
     if gamma == 0:
         return _cross_entropy(inputs.to(dtype), targets.to(dtype), alpha, reduction)
-    if reduction == "none" or dtype == torch.float64:  # else the loss is fp32 anyway
+    # Reduced, the loss is fp32 anyway.
+    if inputs.dtype != dtype and (reduction == "none" or dtype == torch.float64):
         inputs = inputs.to(dtype)
     loss: Tensor = _native_focal(inputs, targets, alpha, gamma, reduction)  # type: ignore[arg-type]
-    return loss.to(dtype)
+    return loss if loss.dtype == dtype else loss.to(dtype)
 
 
 def _cross_entropy(inputs: Tensor, targets: Tensor, alpha: float, reduction: str) -> Tensor:
