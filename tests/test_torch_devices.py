@@ -10,19 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dlops_triton import (
-    _dispatch,
-    box_iou,
-    box_match,
-    deform_conv2d,
-    ghmc_loss,
-    nms,
-    nms_padded,
-    sigmoid_focal_loss,
-    soft_nms_padded,
-)
+import dlops_triton as d
+from dlops_triton import _dispatch
 from dlops_triton.nn import DeformConv2dPack
-from tests.calls import CALLS, FIXED, Call, Made, boxes, made
+from tests.calls import CALLS, FIXED, OPS, Call, Made, boxes, made
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 on_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -111,7 +102,7 @@ def test_the_second_device(name: str) -> None:
 
 
 class Detector(nn.Module):
-    """A model of several families: convolution, losses, matching, NMS."""
+    """A model that calls every op."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,14 +115,25 @@ class Detector(nn.Module):
         x = self.layer(image).mean((2, 3)).repeat(4, 1)[: labels.shape[0]]
         return (
             x,
-            deform_conv2d(image, offset, self.weight, padding=1),
-            sigmoid_focal_loss(x, labels, reduction="mean"),
-            ghmc_loss(x, labels),
-            box_iou(b[0], b[1]),
-            *box_match(b[0], b[1]),
-            *nms_padded(b, scores, 0.5, max_output=4),
-            *soft_nms_padded(b, scores, max_output=4),
-            nms(b[0], scores[0], 0.5),
+            d.deform_conv2d(image, offset, self.weight, padding=1),
+            d.deform_sample(image, offset, 3, padding=1),
+            d.sigmoid_focal_loss(x, labels, reduction="mean"),
+            d.softmax_focal_loss(x, labels),
+            d.ghmc_loss(x, labels),
+            d.ghmr_loss(x, x * 2),
+            d.box_iou(b[0], b[1]),
+            d.generalized_box_iou(b[0], b[1]),
+            d.distance_box_iou(b[0], b[1]),
+            d.complete_box_iou(b[0], b[1]),
+            d.generalized_box_iou_loss(b[0], b[1]),
+            d.distance_box_iou_loss(b[0], b[1], "sum"),
+            d.complete_box_iou_loss(b[0], b[1], "mean"),
+            *d.box_match(b[0], b[1]),
+            *d.nms_padded(b, scores, 0.5, max_output=4),
+            *d.soft_nms_padded(b, scores, max_output=4),
+            d.nms(b[0], scores[0], 0.5),
+            d.batched_nms(b[0], scores[0], labels, 0.5),
+            *d.soft_nms(b[0], scores[0]),
         )
 
 
@@ -152,6 +154,7 @@ class Detector(nn.Module):
 )
 def test_ahead_of_time(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled by AOTInductor, packed, loaded, run: by its proxy, which calls ops of Python."""
+    assert set(Detector.forward.__code__.co_names) >= OPS
     monkeypatch.setattr(_dispatch, "cpu_implementation", "reference")
     device = torch.device(kind)
     model = Detector().to(device).eval().requires_grad_(False)
